@@ -1,0 +1,309 @@
+"""shared/tokenizer.py against GPT-2's published ids and Hugging Face's own tokenizer on the same vocabulary."""
+
+import functools
+import hashlib
+import json
+import keyword
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import tokenizer
+from shared.tokenizer import Characters, Stream, gpt2_bpe, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = {
+    "english": "Do people really like using ONNX? They'd've said so, wouldn't they: 1,234.56% of THEM!",
+    "code": "def f(x):\n\treturn {k: v for k, v in x.items() if v != 0}  # \\n\r\n" + " ".join(keyword.kwlist),
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 ☕️ naïve café — “quoted” … ½ ①",
+    "chinese": "我能吞下玻璃而不伤身体。北京2026年，ＡＢＣ",
+    "bytes": np.random.default_rng(0).bytes(10_000).decode("utf-8", errors="replace"),
+    "latin": np.random.default_rng(1).bytes(10_000).decode("latin-1"),
+    "blank": " \n\n   \t \u00a0\u3000\u2028 end   \n",
+    "empty": "",
+}
+
+
+bpe_once = functools.cache(gpt2_bpe)  # for hypothesis, whose examples take no fixture of a wider scope
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    assert find_spec("whisper"), "openai-whisper, which carries GPT-2's ranks, belongs to this environment"
+    return bpe_once()
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(gpt2, tmp_path_factory):
+    """GPT-2's vocab.json and merges.txt, written from the ranks: each merge is the last step of its token's own BPE."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    ranks = gpt2._encoding._mergeable_ranks
+    spell = {byte: char for char, byte in tokenizer._byte_of_character().items()}
+
+    def spelled(token):
+        return "".join(spell[byte] for byte in token)
+
+    def halves(token):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        return parts
+
+    vocab = {spelled(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
+    merges = [" ".join(map(spelled, halves(token))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(gpt2_folder):
+    files = (str(gpt2_folder / "vocab.json"), str(gpt2_folder / "merges.txt"))
+    return transformers.GPT2Tokenizer(*files)
+
+
+def test_gpt2_gives_the_ids_that_its_users_know(gpt2):
+    assert gpt2.encode("hello world") == [31373, 995]
+    assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert gpt2.encode("Not all heroes wear capes.") == [3673, 477, 10281, 5806, 1451, 274, 13]
+    assert (gpt2.n_vocab, gpt2.eot) == (50257, 50256)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_gpt2_gives_hugging_faces_ids_and_the_text_back(gpt2, gpt2_folder, reference, text):
+    ids = gpt2.encode(text)
+    assert ids == reference(text)["input_ids"]
+    assert ids == load_tokenizer(gpt2_folder).encode(text)
+    assert gpt2.decode(ids) == text
+
+
+@given(st.text())
+def test_decoding_what_was_encoded_gives_the_text_back(text):
+    assert bpe_once().decode(bpe_once().encode(text)) == text
+    assert bpe_once().decode(bpe_once().encode(text, special=True)) == text
+    characters = Characters.from_text(text)
+    assert characters.decode(characters.encode(text)) == text
+
+
+@given(st.lists(st.integers(0, 50256)))
+def test_a_stream_says_what_decode_says_and_never_half_a_character(ids):
+    stream = Stream(bpe_once())
+    pieces = [stream.push(id) for id in ids]
+    assert "".join(pieces) + stream.end() == bpe_once().decode(ids)
+
+
+def test_a_character_of_several_tokens_comes_whole(gpt2):
+    ids = gpt2.encode("a👩‍👧b")
+    stream = Stream(gpt2)
+    pieces = [stream.push(id) for id in ids]
+    assert len(ids) > 4
+    assert "" in pieces
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == "a👩‍👧b"
+    cut = Stream(gpt2)
+    assert cut.push(gpt2.encode("👩")[0]) == ""
+    assert cut.end() == "\ufffd"
+
+
+def test_the_end_of_text_in_a_text_is_text_unless_asked_for(gpt2, gpt2_folder):
+    for bpe in (gpt2, load_tokenizer(gpt2_folder)):
+        assert bpe.encode("a<|endoftext|>b") == [64, 27, 91, 437, 1659, 5239, 91, 29, 65]
+        assert bpe.encode("a<|endoftext|>b", special=True) == [64, 50256, 65]
+        assert bpe.decode([64, 50256, 65]) == "a<|endoftext|>b"
+
+
+def test_a_lone_surrogate_is_read_as_the_replacement_character(gpt2):
+    assert gpt2.decode(gpt2.encode("a\ud800b")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("text", ["x", " ", "\n", "^", "我"])
+def test_a_million_equal_characters_take_seconds_at_most(gpt2, text):
+    start = time.perf_counter()
+    assert gpt2.decode(gpt2.encode(text * 1_000_000)) == text * 1_000_000
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("id", [-1, 50257, 10**30])
+def test_an_id_outside_the_vocabulary_is_refused(gpt2, id):
+    for call in (lambda: gpt2.decode([0, id]), lambda: Stream(gpt2).push(id), lambda: Characters("ab").decode([0, id])):
+        with pytest.raises(ValueError, match=f"token id {id} is not in this vocabulary of (50257|2)"):
+            call()
+
+
+def test_ids_may_be_numpys(gpt2):
+    assert gpt2.decode(np.array([31373, 995])) == "hello world"
+    assert Characters("ab").decode(np.array([1, 0], np.uint16)) == "ba"
+
+
+# -- folders
+
+
+def test_a_folder_with_characters(tmp_path):
+    made = Characters.from_text("hello, wörld 我")
+    made.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("wörld") == made.encode("wörld")
+    assert loaded.decode(loaded.encode("我, hello")) == "我, hello"
+    assert (loaded.n_vocab, loaded.eot) == (len(set("hello, wörld 我")), None)
+    assert os.listdir(tmp_path) == ["meta.json"]
+    with pytest.raises(ValueError, match="'Z' is not one of the 11 characters that this model knows"):
+        loaded.encode("heZ")
+
+
+def test_gpt2s_weights_without_its_vocabulary_get_gpt2s_own(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
+    assert load_tokenizer(tmp_path).encode("hello world") == [31373, 995]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"chars": 5}', '{"chars": ""}', '{"chars": "aba"}', "[" * 100_000])
+def test_a_damaged_character_file_is_named(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=r"meta\.json (is not valid JSON|must hold)") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def small_folder(tmp_path):
+    """256 bytes, three merges and the end of text."""
+    alphabet = list(tokenizer._byte_of_character())
+    tokens = [*alphabet, "he", "ll", "hell", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: id for id, token in enumerate(tokens)}), "utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_small_vocabulary_is_read_line_by_line(small_folder):
+    bpe = load_tokenizer(small_folder)
+    assert bpe.encode("hello") == [258, bpe.encode("o")[0]]
+    assert (bpe.n_vocab, bpe.eot) == (260, 259)
+    assert bpe.encode("<|endoftext|>", special=True) == [259]
+
+
+def test_new_files_in_the_same_folder_are_read_anew(small_folder):
+    assert load_tokenizer(small_folder).encode("ll") == [257]
+    vocab = json.loads((small_folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab["lh"] = vocab.pop("ll")
+    vocab["helh"] = vocab.pop("hell")
+    (small_folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (small_folder / "merges.txt").write_text("h e\nl h\nhe lh\n", encoding="utf-8")
+    bpe = load_tokenizer(small_folder)
+    assert len(bpe.encode("ll")) == 2
+    assert bpe.encode("helh") == [258]
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "message"),
+    [
+        ("vocab.json", '"he": 256', '"he": 257', "a number of its own"),
+        ("vocab.json", '"he": 256', '"he": "256"', "a number of its own"),
+        ("vocab.json", '"he": 256', '"he": 1000', "a number of its own"),
+        ("vocab.json", '"<|endoftext|>"', '"<|end|>"', r"lacks the token '<\|endoftext\|>'"),
+        ("vocab.json", '"A"', '"AA"', "lacks the token 'A'"),
+        ("vocab.json", "259}", "259", "is not valid JSON"),
+        ("merges.txt", "h e\nl l", "l l\nh e", "does not fit vocab.json at the line 'h e'"),
+        ("merges.txt", "l l", "l x", "does not fit vocab.json at the line 'l x'"),
+        ("merges.txt", "l l", "l l l", "does not fit vocab.json at the line 'l l l'"),
+        ("merges.txt", "l l", "l\u4e00", "does not fit vocab.json at the line"),
+    ],
+)
+def test_files_that_do_not_fit_are_named_with_the_place(small_folder, file, before, after, message):
+    text = (small_folder / file).read_text(encoding="utf-8")
+    assert before in text
+    (small_folder / file).write_text(text.replace(before, after, 1), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(small_folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_utf8_is_named(small_folder):
+    (small_folder / "merges.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"merges\.txt cannot be read"):
+        load_tokenizer(small_folder)
+
+
+def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 65}')
+    with pytest.raises(ValueError, match=r"has no tokenizer: neither vocab\.json and merges\.txt nor meta\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_reading_a_folder_writes_nothing_and_needs_no_cache(small_folder, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    load_tokenizer(small_folder)
+    assert os.listdir(cache) == []
+
+
+# -- GPT-2's ranks without the package that carries them
+
+
+def run(script, **environment):
+    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **environment}
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+
+
+NO_WHISPER = "import shared.tokenizer as t; t.find_spec = lambda name: None\n"
+NAMES_HANG = "import socket, time; socket.getaddrinfo = lambda *a, **k: time.sleep(60)\n"
+
+
+def test_without_ranks_and_network_the_error_says_both_ways_on(tmp_path):
+    script = NO_WHISPER + NAMES_HANG + "t.gpt2_bpe()"
+    start = time.perf_counter()
+    result = run(script, TIKTOKEN_CACHE_DIR=str(tmp_path))
+    assert time.perf_counter() - start < 6
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ValueError: GPT-2's tokenizer is in no cache and cannot be fetched")
+    assert "TIKTOKEN_CACHE_DIR" in last
+    assert "openai-whisper" in last
+
+
+def test_tiktokens_cache_serves_without_network(tmp_path, gpt2_folder):
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    sha256 = {}
+    for remote, local in (("vocab.bpe", "merges.txt"), ("encoder.json", "vocab.json")):
+        data = (gpt2_folder / local).read_bytes()
+        (tmp_path / hashlib.sha1((url + remote).encode()).hexdigest()).write_bytes(data)
+        sha256[remote] = hashlib.sha256(data).hexdigest()
+    # OpenAI's files hold the same tokens in other JSON spacing: let tiktoken expect ours
+    expect = (
+        "import tiktoken_ext.openai_public as p; load = p.data_gym_to_mergeable_bpe_ranks\n"
+        "p.data_gym_to_mergeable_bpe_ranks = lambda vocab_bpe_file, encoder_json_file, **_: load(vocab_bpe_file,"
+        f" encoder_json_file, {sha256['vocab.bpe']!r}, {sha256['encoder.json']!r})\n"
+    )
+    result = run(
+        NO_WHISPER + NAMES_HANG + expect + "print(t.gpt2_bpe().encode('hello world'))", TIKTOKEN_CACHE_DIR=str(tmp_path)
+    )
+    assert result.stdout == "[31373, 995]\n", result.stderr
+
+
+def test_a_carried_file_with_other_ranks_is_not_believed(tmp_path, monkeypatch):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "gpt2.tiktoken").write_bytes(b"aGVsbG8= 0\n")
+
+    class Spec:
+        submodule_search_locations = [str(tmp_path)]
+
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: Spec)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(ValueError, match=r"in no cache and cannot be fetched \(offline\)"):
+        gpt2_bpe()
+
+
+def test_reading_the_carried_ranks_imports_neither_whisper_nor_its_dependencies():
+    result = run("import sys, shared.tokenizer as t; t.gpt2_bpe(); print(sys.modules.keys() & {'whisper', 'numba'})")
+    assert result.stdout == "set()\n", result.stderr
