@@ -233,14 +233,22 @@ def find_model(name: "str | None" = None) -> Found:
     return Found(name, folder, "in the repository" if name == NANO else "a folder")
 
 
-def _find_on_hub(name: str) -> Found:
-    import huggingface_hub  # here, for it takes 0.3 s that a folder's user need not wait
-    from huggingface_hub import constants
+def find_in_cache(name: str) -> "Path | None":
+    """The folder of one of GPT-2's names in the hub's local cache."""
+    from huggingface_hub import try_to_load_from_cache  # here, for it takes 0.3 s that a folder's user need not wait
 
     for repo in (f"openai-community/{name}", name):
-        paths = [huggingface_hub.try_to_load_from_cache(repo, file) for file in ("config.json", "model.safetensors")]
+        paths = [try_to_load_from_cache(repo, file) for file in ("config.json", "model.safetensors")]
         if all(isinstance(path, str) for path in paths):
-            return Found(name, Path(paths[0]).parent, "in the local cache")
+            return Path(paths[0]).parent
+    return None
+
+
+def _find_on_hub(name: str) -> Found:
+    if folder := find_in_cache(name):
+        return Found(name, folder, "in the local cache")
+    from huggingface_hub import constants, snapshot_download
+
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"{name} is not in the local cache and HF_HUB_OFFLINE is set")
     repo = f"openai-community/{name}"
@@ -251,7 +259,7 @@ def _find_on_hub(name: str) -> Found:
     except _FETCH_ERRORS as error:
         raise ValueError(f"{name} is not in the local cache and cannot be fetched ({_in_a_line(error)})") from None
     try:
-        folder = huggingface_hub.snapshot_download(repo, allow_patterns=_FILES)
+        folder = snapshot_download(repo, allow_patterns=_FILES)
     except Exception as error:  # the client, its transports and the disk each have kinds of their own
         raise ValueError(f"{name} could not be downloaded ({_in_a_line(error)})") from error
     return Found(name, Path(folder), "downloaded from the hub")
