@@ -81,7 +81,9 @@ def parse(readme: Path) -> list[Block]:
             reader.mistake(line, "indented code would not be run: fence it, with a label")
         elif token.type == "html_block":
             reader.html(line, token.content)
-        elif token.type == "inline" and any("<!--" in child.content for child in token.children or ()):
+        elif token.type == "inline" and any(
+            child.type == "html_inline" and "<!--" in child.content for child in token.children
+        ):
             reader.mistake(line, "a comment inside a line of text is no marker: give it a line of its own")
     return reader.finish()
 
@@ -267,7 +269,7 @@ class Runner:
         shell = subprocess.Popen(
             ["bash", "-eo", "pipefail", "-c", block.script],
             cwd=folder,
-            env=_environment(),
+            env=_environment(block.needs),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -309,14 +311,16 @@ def _complaint(block: Block, status: int, stdout: str) -> str:
     return ""
 
 
-def _environment() -> dict[str, str]:
-    """The reader's: this python first on the path, and nothing of pytest's or tox's."""
+def _environment(needs: list[str]) -> dict[str, str]:
+    """The reader's: this python first on the path, nothing of pytest's or tox's, and no model but those declared."""
     ours = {name for name in os.environ if name.startswith(("PYTEST_", "TOX_")) or name == "PYTHONPATH"}
-    bin = str(Path(sys.executable).parent)
-    return {name: value for name, value in os.environ.items() if name not in ours} | {
-        "PATH": bin + os.pathsep + os.environ.get("PATH", os.defpath),
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | {
+        "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", os.defpath),
         "VIRTUAL_ENV": sys.prefix,
     }
+    if not {"network", "gpt2 weights"} & {*needs}:
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": os.devnull}
+    return environment
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:

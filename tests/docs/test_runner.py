@@ -72,6 +72,7 @@ PASS = {
     "must fail, newer form": XFAIL[0].replace("y:", "y: TEST:") + bash("false") + XFAIL[1].replace("y:", "y: TEST:"),
     "must fail with this output": XFAIL[0] + bash("echo no; false") + text("no") + XFAIL[1],
     "a comment of another kind": "<!-- just a note, see https://example.org -->\n" + bash("true"),
+    "a marker that is only quoted": "Write `<!-- Tripy: XFAIL Start -->`\n" + bash("true"),
     "this python": bash(f"python -c 'import sys; sys.exit(sys.prefix != \"{sys.prefix}\")'", "pip --version"),
     "the readme's folder": bash("test -f README.md"),
     "standard input is empty": bash("test -z \"$(cat)\""),
@@ -162,6 +163,14 @@ def test_skips_for_its_reason(tmp_path, markdown, reason):
 def test_the_needs_that_are_met_run(tmp_path):
     markdown = "<!-- Needs: network, minutes -->\n" + bash("echo 1") + text("1")
     assert outcomes(tmp_path, markdown, slow=True) == [(2, "passed", "")]
+
+
+def test_models_of_the_hub_are_there_for_the_blocks_that_declare_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(readme.NEEDS, "gpt2 weights", lambda: True)
+    monkeypatch.setenv("HF_HUB_CACHE", "/the/cache")
+    show = bash('echo "$HF_HUB_CACHE"')
+    markdown = show + text("/dev/null") + "<!-- Needs: gpt2 weights -->\n" + show + text("/the/cache")
+    assert [outcome for _, outcome, _ in outcomes(tmp_path, markdown)] == ["passed", "passed"]
 
 
 def test_a_block_runs_once_before_the_one_that_needs_it(tmp_path):

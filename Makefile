@@ -1,0 +1,33 @@
+# make test and make demo do all the set-up: .venv with tox in it, and tox's own environments under .tox
+PYTHON ?= python3.11
+TOX = .venv/bin/tox
+
+.PHONY: test demo bench fuzz clean
+
+test: $(TOX)
+	$(TOX) run
+
+demo: $(TOX)
+	@$(TOX) run -qq -e demo
+
+bench: $(TOX)
+	@$(TOX) run -qq -e demo -- bench
+
+fuzz: $(TOX)
+	$(TOX) run -e shared -- --hypothesis-profile=fuzz
+
+# trained models and other outputs stay
+clean:
+	rm -rf .venv .tox .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(TOX): Makefile
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) is not there: install Python 3.11, or name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x .venv/bin/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv: on Debian and Ubuntu apt install python3.11-venv; README.md has another way" >&2; exit 1; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check tox==4.67.13
+	@touch $(TOX)
