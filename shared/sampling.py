@@ -14,20 +14,21 @@ from `numpy.random.Generator(numpy.random.PCG64(seed))`. No step depends on the 
 logits and seed give the same tokens everywhere (unless a draw falls within rounding, 1e-15, of a boundary).
 """
 
-import math
 import operator
+import sys
 
 import numpy as np
 
 _FLOOR = -700.0  # nats below the largest logit where a weight is 0: exp is up to 100 times slower further down
 _BLOCK = 256
 _BINS = 1024  # of the nucleus's histogram
+_NEGLIGIBLE = 1e-290  # a difference of logits too small to make bins of
 _REACH = 40.0  # nats below the largest logit that it resolves: what lies further down weighs e**-40 at most
 
 
 def check_sampling(temperature=1.0, top_k=None, top_p=None, seed=None) -> None:
     """Raise a ValueError, in one line, for a setting outside its range."""
-    if not (_is_number(temperature) and 0 <= temperature < math.inf):
+    if not (_is_number(temperature) and 0 <= temperature <= sys.float_info.max):
         raise ValueError(f"temperature must be a number of at least 0 (0 is greedy), not {temperature!r}")
     if top_k is not None and not (_is_whole(top_k) and top_k >= 1):
         raise ValueError(f"top_k must be a whole number of at least 1, not {top_k!r}")
@@ -46,14 +47,14 @@ class Sampler:
         self.top_k = top_k
         self.top_p = 1.0 if top_p is None else float(top_p)
         self._random = np.random.Generator(np.random.PCG64(seed))
-        self._room = np.empty((3, 0))  # fresh pages for each row would cost more than the arithmetic
+        self._room = np.empty((4, 0))  # fresh pages for each row would cost more than the arithmetic
 
     def __call__(self, logits) -> "int | np.ndarray":
         logits = np.asarray(logits)
-        if logits.dtype.name == "bfloat16" or logits.dtype == np.float16:
+        if logits.dtype.name in ("float16", "bfloat16"):
             logits = logits.astype(np.float32)  # exact, and NumPy partitions it faster
-        if logits.dtype.kind != "f":
-            raise ValueError(f"logits must be floating-point, not {logits.dtype}")
+        if logits.dtype.name not in ("float32", "float64"):
+            raise ValueError(f"logits must be float16, bfloat16, float32 or float64, not {logits.dtype}")
         if logits.ndim not in (1, 2) or logits.shape[-1] == 0:
             raise ValueError(f"logits must have the shape (vocab,) or (batch, vocab), not {logits.shape}")
         rows = np.atleast_2d(logits)
@@ -72,16 +73,16 @@ class Sampler:
             ids = _largest(row, self.top_k)
             row = row[ids]
         if self._room.shape[1] < len(row):
-            self._room = np.empty((3, len(row)))
-        scaled, weights, spare = self._room[:, : len(row)]
-        np.subtract(row, row.max(), out=scaled, dtype=np.float64)
+            self._room = np.empty((4, len(row)))
+        scaled, weights, *spare = self._room[:, : len(row)]
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -inf, as it should
+            np.subtract(row, row.max(), out=scaled, dtype=np.float64)
             scaled /= self.temperature
         np.maximum(scaled, _FLOOR, out=scaled)
         np.exp(scaled, out=weights)
         weights *= scaled > _FLOOR
         if self.top_p < 1:
-            weights *= _nucleus(row, scaled, weights, self.top_p, spare.view(np.int64))
+            weights *= _nucleus(scaled, weights, self.top_p * weights.sum(), *spare)
         place = _invert(weights, draw)
         return int(place if ids is None else ids[place])
 
@@ -95,24 +96,31 @@ def _largest(row: np.ndarray, k: int) -> np.ndarray:
     return np.flatnonzero(keep)
 
 
-def _nucleus(row, scaled, weights, p: float, bins) -> np.ndarray:
-    """True for the fewest of the largest values whose weights reach the share p of the total.
+def _nucleus(scaled, weights, goal: float, *spare) -> np.ndarray:
+    """True for the fewest tokens, largest first, whose weights reach the goal.
 
-    Sorting 50,257 values would cost more than all the rest. A histogram of them, largest first, finds the one bin
-    in which the mass crosses p: what lies before it is in, and only that bin is sorted. Overwrites scaled and bins.
+    Sorting 50,257 values would cost more than all the rest. A histogram of them finds the one bin, from the largest
+    down, in which the mass crosses the goal: what lies above it is in, and that bin alone is looked at more closely.
     """
-    scaled *= -_BINS / (min(-scaled.min(), _REACH) or 1.0)
-    np.minimum(scaled, _BINS - 1, out=scaled)
-    np.copyto(bins, scaled, casting="unsafe")  # rounds down
+    top = scaled.max()
+    reach = min(top - scaled.min(), _REACH)
+    if len(scaled) <= _BINS or reach < _NEGLIGIBLE:
+        order = np.argsort(-scaled, kind="stable")
+        keep = np.zeros(len(scaled), bool)
+        keep[order[: np.searchsorted(weights[order].cumsum(), goal) + 1]] = True
+        return keep
+    places, bins = spare or np.empty((2, len(scaled)))
+    bins = bins.view(np.int64)
+    np.subtract(top, scaled, out=places)
+    places *= _BINS / reach
+    np.minimum(places, _BINS - 1, out=places)
+    np.copyto(bins, places, casting="unsafe")  # rounds down
     mass = np.bincount(bins, weights, _BINS).cumsum()
-    goal = p * mass[-1]
-    edge = np.searchsorted(mass, goal)
+    edge = min(np.searchsorted(mass, goal), _BINS - 1)
     keep = bins < edge
     crossing = np.flatnonzero(bins == edge)
-    crossing = crossing[np.argsort(-row[crossing], kind="stable")]
-    before = mass[edge - 1] if edge else 0.0
-    count = np.searchsorted(before + weights[crossing].cumsum(), goal) + 1
-    keep[crossing[:count]] = True
+    if len(crossing):
+        keep[crossing] = _nucleus(scaled[crossing], weights[crossing], goal - (mass[edge - 1] if edge else 0.0))
     return keep
 
 
@@ -122,8 +130,7 @@ def _invert(weights: np.ndarray, draw: float) -> int:
     point = min(draw * blocks[-1], np.nextafter(blocks[-1], 0))  # below the total, also once it is rounded
     block = np.searchsorted(blocks, point, side="right")
     within = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum()
-    if block:
-        point = min(point - blocks[block - 1], np.nextafter(within[-1], 0))
+    point = min(point - (blocks[block - 1] if block else 0.0), np.nextafter(within[-1], 0))
     return block * _BLOCK + np.searchsorted(within, point, side="right")
 
 

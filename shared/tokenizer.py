@@ -10,7 +10,7 @@ Two kinds of tokenizer have the same few names: encode, decode, to_bytes, n_voca
 
 `<|endoftext|>` in a text is those 13 characters, unless the caller says `encode(text, special=True)`: what a user
 types must not end the text. (transformers' AutoTokenizer turns it into the special id.) A lone surrogate, which no
-UTF-8 file holds, is read as U+FFFD.
+UTF-8 file holds, is U+FFFD to the BPE and an unknown character to a character vocabulary.
 
 What a user can get wrong (a name, a folder, a damaged file, a character, an id) raises a ValueError of one line.
 """
@@ -22,6 +22,7 @@ import http.client
 import json
 import os
 import queue
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -98,8 +99,9 @@ class Characters:
             return [self._ids[char] for char in text]
         except KeyError as error:
             char = error.args[0]
+            known = self.chars if self.n_vocab <= 100 else self.chars[:100] + "…"
             raise ValueError(
-                f"{char!r} is not one of the {self.n_vocab} characters that this model knows: {self.chars!r}"
+                f"{char!r} is not one of the {self.n_vocab} characters that this model knows: {known!r}"
             ) from None
 
     def to_bytes(self, id: int) -> bytes:
@@ -132,7 +134,7 @@ def load_tokenizer(folder: "str | os.PathLike") -> "BPE | Characters":
     folder = Path(folder)
     if (folder / "meta.json").exists():
         chars = _read_json(folder / "meta.json").get("chars")
-        if not (isinstance(chars, str) and chars and len(set(chars)) == len(chars)):
+        if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars) or _SURROGATE.search(chars):
             raise ValueError(f'{folder / "meta.json"} must hold "chars", a text of distinct characters')
         return Characters(chars)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -167,29 +169,32 @@ def gpt2_bpe() -> BPE:
 def _read_vocabulary(vocab_path: Path, merges_path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
     """Ranks and special tokens from GPT-2's file format.
 
-    Read here and not by tiktoken's own reader: that one keeps a copy of each local file in its cache, by path, and
-    fails where the cache is read-only. tiktoken merges the pair whose token has the lowest id, and merges.txt says
-    an order too: they must agree, line by line, or the text would be cut in another way than in training.
+    Read here and not by tiktoken's reader, which keeps a copy of each local file in a cache that may be read-only.
+    tiktoken merges the pair whose token has the lowest id, and merges.txt has an order too: they must agree, line by
+    line and to the last token, or text would be cut in another way than in training.
     """
     vocab = _read_json(vocab_path)
     if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(f"{vocab_path} must number its tokens from 0 on, each with a number of its own")
     byte_of = _byte_of_character()
-    tokens, last = list(byte_of), -1
+    made, last = set(byte_of), -1
     lines = _read_text(merges_path).split("\n")
     for line in lines[lines[0].startswith("#version") :]:
+        left, _, right = line.partition(" ")
+        token = left + right
         if not line:
             continue
-        token = line.replace(" ", "")
-        if line.count(" ") != 1 or not byte_of.keys() >= set(token) or vocab.get(token, -1) <= last:
+        if left not in made or right not in made or token == END_OF_TEXT or vocab.get(token, -1) <= last:
             raise ValueError(f"{merges_path} does not fit {vocab_path.name} at the line {line!r}")
-        tokens.append(token)
+        made.add(token)
         last = vocab[token]
     for token in (*byte_of, END_OF_TEXT):
         if token not in vocab:
             raise ValueError(f"{vocab_path} lacks the token {token!r}")
-    ranks = {bytes(byte_of[char] for char in token): vocab[token] for token in tokens}
-    return ranks, {token: vocab[token] for token in vocab.keys() - tokens}
+    if unmade := vocab.keys() - made - {END_OF_TEXT}:
+        raise ValueError(f"{vocab_path} has the token {min(unmade)!r}, which {merges_path.name} does not make")
+    ranks = {bytes(byte_of[char] for char in token): vocab[token] for token in made}
+    return ranks, {END_OF_TEXT: vocab[END_OF_TEXT]}
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -216,9 +221,15 @@ def find_model(name: "str | None" = None) -> Found:
     """
     if name is None:
         try:
-            return _find_on_hub("gpt2")
+            found = _find_on_hub("gpt2")
+            load_tokenizer(found.folder)  # which the cache may lack, and an example without a tokenizer says nothing
+            return found
         except ValueError as error:
-            return find_model(NANO)._replace(why=str(error))
+            why = str(error)
+        try:
+            return find_model(NANO)._replace(why=why)
+        except ValueError as error:
+            raise ValueError(f"{why}, and {error}") from None
     if name in GPT2_NAMES:
         return _find_on_hub(name)
     folder = CHECKPOINTS / NANO if name == NANO else Path(name)
@@ -269,6 +280,7 @@ def _find_on_hub(name: str) -> Found:
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FETCH_ERRORS = (OSError, ValueError, http.client.HTTPException)
 
 
@@ -280,9 +292,10 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict:
+    text = _read_text(path)
     try:
-        content = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {_in_a_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")

@@ -153,6 +153,8 @@ class _Reader:
             end = comment.end()
         if "<!--" in content[end:]:
             self.mistake(line + content.count("\n", 0, end), "the comment is not closed")
+        if re.search(r"^\s*(```|~~~)", re.sub(r"<!--.*?-->", "", content, flags=re.S), re.M):
+            self.mistake(line, "a fence right behind HTML would not be run: put an empty line before it")
 
     def _comment(self, line: int, content: str) -> None:
         for number, text in enumerate(content.split("\n"), line):

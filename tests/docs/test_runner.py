@@ -72,6 +72,7 @@ PASS = {
     "must fail, newer form": XFAIL[0].replace("y:", "y: TEST:") + bash("false") + XFAIL[1].replace("y:", "y: TEST:"),
     "must fail with this output": XFAIL[0] + bash("echo no; false") + text("no") + XFAIL[1],
     "a comment of another kind": "<!-- just a note, see https://example.org -->\n" + bash("true"),
+    "a block between HTML": "<details>\n\n" + bash("true") + "\n</details>\n",
     "a marker that is only quoted": "Write `<!-- Tripy: XFAIL Start -->`\n" + bash("true"),
     "this python": bash(f"python -c 'import sys; sys.exit(sys.prefix != \"{sys.prefix}\")'", "pip --version"),
     "the readme's folder": bash("test -f README.md"),
@@ -124,6 +125,7 @@ FAIL = {
     "an empty block": ("```bash\n\n```\n", "^the block is empty"),
     "a label that hides commands": ("```zsh\nfalse\n```\n" + bash("true"), "^the label 'zsh' hides commands"),
     "indented code": ("Run\n\n    false\n\n" + bash("true"), "^indented code would not be run"),
+    "a fence inside HTML": ("<details>\n" + bash("false") + "</details>\n\n" + bash("true"), "^a fence right behind HTML"),
     "nothing to run": ("# Title\n" + text("just words"), "^there is no block of commands"),
 }  # fmt: skip
 

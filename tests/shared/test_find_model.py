@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from shared import tokenizer
-from shared.tokenizer import find_model
+from shared.tokenizer import _byte_of_character, find_model
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 FILES = {
     "config.json": b'{"model_type": "gpt2", "vocab_size": 50257}',
     "model.safetensors": b"weights",
-    "vocab.json": b"{}",
-    "merges.txt": b"",
+    "vocab.json": json.dumps({token: id for id, token in enumerate([*_byte_of_character(), "<|endoftext|>"])}).encode(),
+    "merges.txt": b"#version: 0.2\n",
     "pytorch_model.bin": b"a pickle that nobody should fetch",
 }
 
@@ -95,7 +95,7 @@ def find(*names, setup="", nano=None, **environment):
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def put_in_cache(home, repo, files=("config.json", "model.safetensors")):
+def put_in_cache(home, repo, files=("config.json", "model.safetensors", "vocab.json", "merges.txt")):
     folder = home / "hub" / f"models--{repo.replace('/', '--')}"
     snapshot = folder / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
@@ -119,6 +119,23 @@ def test_half_a_model_in_the_cache_is_none(tmp_path):
     put_in_cache(tmp_path, "gpt2", ["config.json"])
     [[error, _]] = find("gpt2", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert error == "gpt2 is not in the local cache and HF_HUB_OFFLINE is set"
+
+
+def test_a_cached_model_without_a_tokenizer_is_not_the_default(tmp_path):
+    """By name it is found: who asks for it may have a tokenizer elsewhere."""
+    put_in_cache(tmp_path, "gpt2", ["config.json", "model.safetensors"])
+    nano = make_model(tmp_path / "checkpoints" / "gpt2-nano")
+    setup = "t.find_spec = lambda name: None"
+    cache = {"HF_HOME": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    by_default, by_name = find(None, "gpt2", setup=setup, nano=nano.parent, **cache)
+    assert by_default[0] == "gpt2-nano"
+    assert by_default[2].startswith("GPT-2's tokenizer is in no cache")
+    assert by_name[2] == "in the local cache"
+
+
+def test_without_any_model_the_error_names_both(tmp_path):
+    [[error, _]] = find(None, nano=tmp_path / "nowhere", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert error.startswith("gpt2 is not in the local cache and HF_HUB_OFFLINE is set, and model gpt2-nano is missing")
 
 
 def test_without_cache_and_network_the_default_is_nano_and_says_why(tmp_path):

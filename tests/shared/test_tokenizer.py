@@ -162,12 +162,35 @@ def test_a_folder_with_characters(tmp_path):
         loaded.encode("heZ")
 
 
+def test_an_unknown_character_is_named_with_a_line_of_those_known():
+    characters = Characters("".join(map(chr, range(0x4E00, 0x5E00))))
+    with pytest.raises(ValueError, match="'a' is not one of the 4096 characters") as error:
+        characters.encode("a")
+    assert len(str(error.value)) < 200
+
+
+def test_a_disk_that_fills_leaves_the_characters_of_before(tmp_path, monkeypatch):
+    Characters("ab").save(tmp_path)
+    write = Path.write_text
+
+    def half(path, text, **more):
+        write(path, text[:3], **more)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        Characters("abc").save(tmp_path)
+    assert load_tokenizer(tmp_path).chars == "ab"
+
+
 def test_gpt2s_weights_without_its_vocabulary_get_gpt2s_own(tmp_path):
     (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
     assert load_tokenizer(tmp_path).encode("hello world") == [31373, 995]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"chars": 5}', '{"chars": ""}', '{"chars": "aba"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"chars": 5}', '{"chars": ""}', '{"chars": "aba"}', '{"chars": "a\\ud800"}', "[" * 100_000]
+)
 def test_a_damaged_character_file_is_named(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match=r"meta\.json (is not valid JSON|must hold)") as error:
@@ -212,6 +235,12 @@ def test_new_files_in_the_same_folder_are_read_anew(small_folder):
         ("vocab.json", '"he": 256', '"he": 1000', "a number of its own"),
         ("vocab.json", '"<|endoftext|>"', '"<|end|>"', r"lacks the token '<\|endoftext\|>'"),
         ("vocab.json", '"A"', '"AA"', "lacks the token 'A'"),
+        ("vocab.json", '"he": 256', f'"he": {5000 * "1"}', "is not valid JSON"),
+        ("vocab.json", "259}", '259, "": 260}', "has the token '', which merges.txt does not make"),
+        ("vocab.json", "259}", '259, "\\ud800": 260}', r"has the token '\\ud800', which merges.txt does not make"),
+        ("merges.txt", "he ll\n", "", "has the token 'hell', which merges.txt does not make"),
+        ("merges.txt", "he ll", "h ell", "does not fit vocab.json at the line 'h ell'"),
+        ("merges.txt", "he ll", "he ll\n<| endoftext|>", "does not fit vocab.json at the line '<. endoftext.>'"),
         ("vocab.json", "259}", "259", "is not valid JSON"),
         ("merges.txt", "h e\nl l", "l l\nh e", "does not fit vocab.json at the line 'h e'"),
         ("merges.txt", "l l", "l x", "does not fit vocab.json at the line 'l x'"),
@@ -289,6 +318,18 @@ def test_tiktokens_cache_serves_without_network(tmp_path, gpt2_folder):
         NO_WHISPER + NAMES_HANG + expect + "print(t.gpt2_bpe().encode('hello world'))", TIKTOKEN_CACHE_DIR=str(tmp_path)
     )
     assert result.stdout == "[31373, 995]\n", result.stderr
+
+
+def test_a_download_that_is_slow_but_under_way_is_waited_for(gpt2, monkeypatch):
+    def slowly(name):
+        time.sleep(0.5)
+        return gpt2._encoding
+
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
+    monkeypatch.setattr(tokenizer, "DEADLINE_S", 0.1)
+    monkeypatch.setattr(tokenizer, "_get", lambda url: b"")
+    monkeypatch.setattr(tiktoken, "get_encoding", slowly)
+    assert gpt2_bpe().encode("hello world") == [31373, 995]
 
 
 def test_a_carried_file_with_other_ranks_is_not_believed(tmp_path, monkeypatch):
