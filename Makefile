@@ -28,6 +28,6 @@ $(TOX): Makefile
 	  { echo "$(PYTHON) is older than Python 3.11: name another: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) has no venv: on Debian and Ubuntu apt install python3.11-venv; README.md has another way" >&2; exit 1; }
-	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check tox==4.67.13
 	@touch $(TOX)

@@ -29,9 +29,13 @@ def _name(config, path: Path) -> str:
 def pytest_generate_tests(metafunc):
     if "block" in metafunc.fixturenames:
         paths = [Path(metafunc.config.invocation_params.dir, path).resolve() for path in metafunc.config.option.readme]
+        if not paths:
+            nothing = pytest.param(None, marks=pytest.mark.skip(reason="no --readme was given"), id="none")
+            return metafunc.parametrize("block", [nothing])
         blocks = [block for path in paths for block in readme.parse(path)]
         ids = [f"{_name(metafunc.config, block.readme)}:{block.line}" for block in blocks]
-        metafunc.parametrize("block", blocks, ids=ids)
+        return metafunc.parametrize("block", blocks, ids=ids)
+    return None
 
 
 @pytest.fixture

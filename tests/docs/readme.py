@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from markdown_it import MarkdownIt
 from shared.tokenizer import find_in_cache
 
 COMMANDS = {"bash", "sh", "shell", "console", ""}
-ALSO_SHELL = {"zsh", "shell-session", "shellsession", "terminal", "cmd", "powershell", "bat"}  # would not be run
+OTHERS = {"text", "python", "json", "toml", "ini", "yaml", "mermaid", "diff", "c"}  # not run; any other may be a slip
 MARKERS = {"EXPECTED_STDOUT", "XFAIL", "IGNORE"}
 ABOVE = "the block above"
 MINUTES = "minutes"
@@ -71,12 +72,18 @@ class Block:
 def parse(readme: Path) -> list[Block]:
     """The blocks of commands, and a block for each mistake, in the order of their lines."""
     reader = _Reader(readme)
-    for token in MarkdownIt().parse(readme.read_text(encoding="utf-8")):
+    text = readme.read_text(encoding="utf-8-sig")
+    lines = text.splitlines()
+    for token in MarkdownIt().parse(text):
         line = token.map[0] + 1 if token.map else 0
         if token.type == "heading_open":
             reader.section()
+        elif token.type == "fence" and not re.fullmatch(
+            rf"[\s>]*{token.markup}{token.markup[0]}*\s*", lines[token.map[1] - 1]
+        ):
+            reader.mistake(line, "the fence is not closed")
         elif token.type == "fence":
-            reader.fence(line, token.info.strip().partition(" ")[0].lower(), token.content)
+            reader.fence(line, (token.info.split() or [""])[0].lower(), token.content)
         elif token.type == "code_block":
             reader.mistake(line, "indented code would not be run: fence it, with a label")
         elif token.type == "html_block":
@@ -120,15 +127,20 @@ class _Reader:
     def fence(self, line: int, label: str, content: str) -> None:
         if "EXPECTED_STDOUT" in self.open:
             self.regex += content.splitlines()
-        elif label in ALSO_SHELL:
-            self.mistake(line, f"the label {label!r} hides commands from these tests: use bash, or console with $")
         elif label in COMMANDS:
             self._commands(line, label, content)
+        elif label not in OTHERS:
+            self.mistake(line, f"unknown label {label!r}: commands are {sorted(COMMANDS)}, others {sorted(OTHERS)}")
         else:
-            if label == "text" and self.last and self.text_belongs and "IGNORE" not in self.open:
-                self.last.expected.append((line, content, _text_matcher(content)))
             self._needs_go_unused()
-            self.text_belongs = False
+            if label == "text" and self.last and "IGNORE" not in self.open:
+                if self.text_belongs:
+                    self.last.expected.append((line, content, _text_matcher(content)))
+                else:
+                    self.mistake(
+                        line, "this text would be compared with nothing: it does not follow a block, or IGNORE it"
+                    )
+                self.text_belongs = False
 
     def _commands(self, line: int, label: str, content: str) -> None:
         script, output = _split_console(content) if re.search(r"^\$ ", content, re.M) else (content, "")
@@ -153,8 +165,8 @@ class _Reader:
             end = comment.end()
         if "<!--" in content[end:]:
             self.mistake(line + content.count("\n", 0, end), "the comment is not closed")
-        if re.search(r"^\s*(```|~~~)", re.sub(r"<!--.*?-->", "", content, flags=re.S), re.M):
-            self.mistake(line, "a fence right behind HTML would not be run: put an empty line before it")
+        if re.search(r"```|~~~|<pre", re.sub(r"<!--.*?-->", "", content, flags=re.S)):
+            self.mistake(line, "a fence right behind HTML, or <pre>, would not be run: put an empty line before it")
 
     def _comment(self, line: int, content: str) -> None:
         for number, text in enumerate(content.split("\n"), line):
@@ -164,7 +176,7 @@ class _Reader:
                 self.regex.append(text)
             elif needs := re.fullmatch(r"\s*Needs:(.*)", text):
                 self._need(number, [need.strip() for need in needs[1].split(",")])
-            elif re.match(r"\s*(\w+:(?!//)|Tripy|Needs)|.*\b(Start|End)\s*$", text):
+            elif re.match(r"(?i)\s*needs?\b|.*\b(tripy|xfail|expected_stdout)\b", text):
                 self.mistake(number, f"unknown marker {text.strip()!r}: there are 'Needs: …' and 'Tripy: … Start'")
 
     def _marker(self, line: int, marker: str, edge: str) -> None:
@@ -225,7 +237,7 @@ def _text_matcher(text: str) -> Callable:
     pattern = ""
     for line in dedent(text).strip().splitlines():
         if line.strip() == "...":
-            pattern += r"(?:.*\n)*?"
+            pattern += r"(?:.*\n)*?" * (not pattern.endswith("*?"))  # two in a row would try every pair of ends
         else:
             pattern += re.escape(line.rstrip()).replace(r"\.\.\.", ".*?") + r"[^\S\n]*\n"
     return lambda stdout: re.fullmatch(pattern, stdout + "\n")
@@ -268,45 +280,51 @@ class Runner:
         limit_s = SLOW_LIMIT_S if MINUTES in block.needs else self.limit_s
         folder = block.readme.resolve().parent
         before = _files(folder)
-        shell = subprocess.Popen(
-            ["bash", "-eo", "pipefail", "-c", block.script],
-            cwd=folder,
-            env=_environment(block.needs),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            stdout, stderr = shell.communicate(timeout=limit_s)
-            complaint = _complaint(block, shell.returncode, stdout)
-            _kill(shell)  # what the block left running
-        except subprocess.TimeoutExpired:
-            _kill(shell)
-            stdout, stderr = shell.communicate()
-            complaint = f"still running after {limit_s:g} s"
+        with (
+            tempfile.TemporaryFile() as out,
+            tempfile.TemporaryFile() as err,
+        ):  # not pipes: a daemon would hold them open
+            shell = subprocess.Popen(
+                ["bash", "-eo", "pipefail", "-c", block.script],
+                cwd=folder,
+                env=_environment(block.needs),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            try:
+                status = shell.wait(timeout=limit_s)
+            except subprocess.TimeoutExpired:
+                status = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)  # also what the block left running
+            shell.wait()
+            stdout, stderr = _read(out), _read(err)
         after = _files(folder)
         changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
         self.left[block.readme, block.line] = sorted(changed)
+        if status is None:
+            complaint = f"still running after {limit_s:g} s"
+        else:
+            complaint = _complaint(block, status, stdout, stderr)
         if not complaint:
             return "passed", ""
         return "failed", f"{complaint}\n--- commands\n{block.script}\n--- stdout\n{stdout}\n--- stderr\n{stderr}"
 
 
-def _kill(shell: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(shell.pid, signal.SIGKILL)
+def _read(file) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", errors="replace")
 
 
-def _complaint(block: Block, status: int, stdout: str) -> str:
+def _complaint(block: Block, status: int, stdout: str, stderr: str) -> str:
     if not block.xfail and status != 0:
         return f"exit status {status}"
     if block.xfail and status == 0:
         return "marked XFAIL, and it passes"
-    if block.xfail and status in (126, 127):
-        return f"marked XFAIL, but exit status {status} is a command that was not found or could not be started"
+    if block.xfail and (not 0 < status < 126 or re.search("^bash: ", stderr, re.M)):
+        return f"marked XFAIL, but exit status {status} is a signal's or the shell's own, not the failure of a command"
     for line, text, matches in block.expected:
         if not matches(dedent(stdout).strip()):
             return f"stdout is not what line {line} expects\n--- expected\n{text}"

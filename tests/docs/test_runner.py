@@ -63,7 +63,6 @@ PASS = {
     "dots for no line": bash("seq 2") + text("...", "1", "...", "2", "..."),
     "stderr is not stdout": bash("echo one; echo two >&2") + text("one"),
     "text in another section is no output": bash("echo one") + "# Tree\n" + text("two"),
-    "text behind another fence is no output": bash("true") + "```python\nx\n```\n" + text("two"),
     "ignored text is no output": bash("echo 1") + "<!-- Tripy: IGNORE Start -->\n"
     + text("2") + "<!-- Tripy: IGNORE End -->\n",
     "other labels are not run": bash("true") + "```python\nraise\n```\n```mermaid\nflowchart\n```\n",
@@ -71,11 +70,12 @@ PASS = {
     "must fail and does": XFAIL[0] + bash("exit 3") + XFAIL[1],
     "must fail, newer form": XFAIL[0].replace("y:", "y: TEST:") + bash("false") + XFAIL[1].replace("y:", "y: TEST:"),
     "must fail with this output": XFAIL[0] + bash("echo no; false") + text("no") + XFAIL[1],
-    "a comment of another kind": "<!-- just a note, see https://example.org -->\n" + bash("true"),
+    "a comment of another kind": "<!-- a note: see https://example.org, this is the End -->\n" + bash("true"),
     "a block between HTML": "<details>\n\n" + bash("true") + "\n</details>\n",
     "a marker that is only quoted": "Write `<!-- Tripy: XFAIL Start -->`\n" + bash("true"),
     "this python": bash(f"python -c 'import sys; sys.exit(sys.prefix != \"{sys.prefix}\")'", "pip --version"),
     "the readme's folder": bash("test -f README.md"),
+    "a daemon holds nothing up": bash("setsid sleep 30 & echo on") + text("on"),
     "standard input is empty": bash("test -z \"$(cat)\""),
     "nothing of pytest": bash('test -z "$PYTEST_CURRENT_TEST$PYTHONPATH"'),
 }  # fmt: skip
@@ -101,12 +101,16 @@ FAIL = {
     "must fail, of a missing command": (XFAIL[0] + bash("no-such-command") + XFAIL[1], "^marked XFAIL, but .* 127"),
     "must fail with other output": (XFAIL[0] + bash("echo no; false") + text("yes") + XFAIL[1], "^stdout is not"),
     "too slow": (bash("sleep 60"), "^still running after 0.5 s"),
-    "too slow, behind the shell's back": (bash("sleep 60 &"), "^still running after 0.5 s"),
+    "must fail, and is killed": (XFAIL[0] + bash("kill -9 $$") + XFAIL[1], "^marked XFAIL, but exit status -9"),
+    "must fail, and is no shell": (XFAIL[0] + bash("if then") + XFAIL[1], "^marked XFAIL, but .* the shell's own"),
+    "must fail, and cannot go there": (XFAIL[0] + bash("cd nowhere") + XFAIL[1], "^marked XFAIL, but .* shell's own"),
     "must fail and is too slow": (XFAIL[0] + bash("sleep 60") + XFAIL[1], "^still running after 0.5 s"),
     "unknown marker": ("<!-- Tripy: XFIAL Start -->\n" + bash("true"), "^unknown marker 'XFIAL'"),
     "unknown kind of marker": ("<!-- Tripy: DOC: OMIT Start -->\n" + bash("true"), "^unknown marker 'Tripy: DOC"),
     "marker without a colon": ("<!-- Tripy XFAIL Start -->\n" + bash("false"), "^unknown marker"),
     "marker in lower case": ("<!-- needs: network -->\n" + bash("true"), "^unknown marker 'needs"),
+    "a need in the singular": ("<!-- Need network -->\n" + bash("true"), "^unknown marker 'Need network'"),
+    "a marker without its edge": ("<!-- XFAIL -->\n" + bash("true"), "^unknown marker 'XFAIL'"),
     "unknown need": ("<!-- Needs: a gpu -->\n" + bash("true"), "^unknown need 'a gpu': there are .*'nvidia gpu'"),
     "need before no block": (bash("true") + "<!-- Needs: network -->\n", "stands before no block"),
     "need before a text": ("<!-- Needs: network -->\n" + text("x") + bash("true"), "stands before no block"),
@@ -123,9 +127,19 @@ FAIL = {
     "expected is empty": (bash("true") + expected_stdout(""), "^EXPECTED_STDOUT is empty"),
     "expected is no regex": (bash("echo '('") + expected_stdout("("), "is no regular expression"),
     "an empty block": ("```bash\n\n```\n", "^the block is empty"),
-    "a label that hides commands": ("```zsh\nfalse\n```\n" + bash("true"), "^the label 'zsh' hides commands"),
+    "a label that hides commands": ("```zsh\nfalse\n```\n" + bash("true"), "^unknown label 'zsh'"),
     "indented code": ("Run\n\n    false\n\n" + bash("true"), "^indented code would not be run"),
-    "a fence inside HTML": ("<details>\n" + bash("false") + "</details>\n\n" + bash("true"), "^a fence right behind HTML"),
+    "a fence inside HTML": ("<details>\n" + bash("false") + "</details>\n\n" + bash("true"), "^a fence right behind"),
+    "a fence behind HTML": ("<p>x</p>\n```bash\nfalse\n```\n\n" + bash("true"), "^a fence right behind HTML"),
+    "a pre that is not closed": (bash("true") + "\n<pre>\n\n" + bash("false"), "or <pre>, would not be run"),
+    "a fence that is not closed": (bash("true") + "```python\nx\n\n# H\n```bash\nfalse\n", "^the fence is not closed"),
+    "a label with a comma": ("```bash,copy\nfalse\n```\n" + bash("true"), "^unknown label 'bash,copy'"),
+    "a label with a tab": ("```bash\ttitle\nfalse\n```\n", "^exit status 1"),
+    "a slip in a label": ("```bsah\nfalse\n```\n" + bash("true"), "^unknown label 'bsah'"),
+    "a byte order mark": ("\ufeff" + bash("false"), "^exit status 1"),
+    "a second text": (bash("echo 1") + text("1") + text("2"), "^this text would be compared with nothing"),
+    "text behind another fence": (bash("echo 1") + "```json\n1\n```\n" + text("2"), "^stdout is not what line 7"),
+    "text behind a console's output": ("```console\n$ echo 1\n1\n```\n" + text("2"), "compared with nothing"),
     "nothing to run": ("# Title\n" + text("just words"), "^there is no block of commands"),
 }  # fmt: skip
 
@@ -195,6 +209,24 @@ def test_a_block_that_needs_a_skipped_one_is_skipped_by_the_same_name(tmp_path):
 def test_a_block_that_needs_a_failed_one_fails_by_its_line(tmp_path):
     failed = outcomes(tmp_path, bash("false") + "<!-- Needs: the block above -->\n" + bash("true"))
     assert failed[1] == (5, "failed", "the block above, line 1, failed")
+
+
+def test_what_a_block_left_running_is_gone_afterwards(tmp_path):
+    assert outcomes(tmp_path, bash("(sleep 1; touch late) &")) == [(1, "passed", "")]
+    time.sleep(2)
+    assert not (tmp_path / "late").exists()
+
+
+def test_minutes_have_a_limit_of_their_own(tmp_path):
+    markdown = "<!-- Needs: minutes -->\n" + bash("sleep 1")
+    assert outcomes(tmp_path, markdown, slow=True, limit_s=0.2) == [(2, "passed", "")]
+
+
+def test_dots_on_many_lines_do_not_take_for_ever(tmp_path):
+    markdown = bash("seq 2000") + text(*["..."] * 20, "never")
+    start = time.perf_counter()
+    assert outcomes(tmp_path, markdown)[0][1] == "failed"
+    assert time.perf_counter() - start < 5
 
 
 def test_a_block_that_is_too_slow_is_gone_afterwards(tmp_path):

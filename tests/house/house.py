@@ -19,8 +19,11 @@ SHARED = {"__init__.py", "tokenizer.py", "sampling.py"}
 def files(root: Path) -> list[Path]:
     """What git tracks or would add, relative to the root: a stray folder that git ignores is nobody's project."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [Path(name) for name in sorted({*listed.split("\0")} - {""}) if (root / name).is_file()]
+    try:
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):  # no git, or an unpacked archive
+        listed = [path.relative_to(root).as_posix() for path in root.rglob("*")]
+    return [Path(name) for name in sorted({*listed} - {""}) if (root / name).is_file()]
 
 
 def projects(root: Path) -> list[str]:
@@ -40,94 +43,101 @@ def example_of(root: Path, project: str) -> str | None:
 
 def complaints(root: Path) -> list[str]:
     """One line for each rule that is broken; none for a house in order."""
-    found = [
-        f"shared/{path.relative_to('shared')} does not belong there: shared holds the tokenizer and sampling"
-        for path in files(root)
-        if path.parts[0] == "shared" and path.relative_to("shared").as_posix() not in SHARED
-    ]
+    found = [*_shared(root), *_imports(root)]
     for project in projects(root):
         found += [*_files(root, project), *_readme(root, project), *_pins(root, project), *_tests(root, project)]
-    return [*found, *_imports(root)]
+    return found
+
+
+def _shared(root: Path):
+    held = {path.relative_to("shared").as_posix() for path in files(root) if path.parts[0] == "shared"}
+    for name in sorted(held - SHARED):
+        yield f"shared/{name} does not belong there: shared holds the tokenizer and sampling"
+    for name in sorted(SHARED - held):
+        yield f"shared/{name} is missing"
+    for path in files(root):
+        if path.parts[0] == "tests" and path.name == "__init__.py":
+            yield f"{path} would make tests/jax shadow jax: no packages under tests"
 
 
 def _files(root: Path, project: str):
     for name in FILES:
-        if not (root / project / name).is_file():
-            yield f"{project}/{name} is missing"
+        if not _text(root / project / name).strip():
+            yield f"{project}/{name} is missing or empty"
     if not example_of(root, project):
         yield f"{project} has no example: one of {', '.join(EXAMPLES)}"
 
 
 def _readme(root: Path, project: str):
     text = _text(root / project / "README.md")
-    sections = re.findall(r"^##\s+(.*?)\s*$", text, re.M)
+    prose = re.sub(r"^\s*(```|~~~).*?^\s*\1|<!--.*?-->", "", text, flags=re.M | re.S)
+    sections = re.findall(r"^##\s+(.*?)\s*$", prose, re.M)
     if [section for section in sections if section in SECTIONS] != [*SECTIONS]:
         yield f"{project}/README.md needs the sections {', '.join(SECTIONS)}, in this order"
     if HARDWARE not in sections:
         yield f"{project}/README.md needs the section {HARDWARE}"
-    if "```mermaid\nflowchart" not in text:
+    if not re.search(r"^```mermaid\nflowchart", text, re.M):
         yield f"{project}/README.md needs a mermaid flowchart of the way from weights to text"
     if f"]({project}/" not in _text(root / "README.md"):
         yield f"README.md has no link to {project}/"
 
 
 def _pins(root: Path, project: str):
-    for path in sorted((root / project).glob("requirements*.txt")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            requirement = line.partition("#")[0].strip()
+    tests = root / "tests" / env_of(project)
+    for path in sorted([*(root / project).glob("requirements*.txt"), *tests.glob("requirements*.txt")]):
+        for line in _text(path).splitlines():
+            requirement = re.sub(r"(^|\s)#.*", "", line).strip()
             option = requirement.startswith(("-f ", "--find-links ", "--extra-index-url ", "-r "))
-            pinned = re.search(r"==\d|@ git\+.*@[0-9a-f]{40}$", requirement)
-            if requirement and not option and not pinned:
-                yield f"{project}/{path.name} does not pin {requirement}"
+            exact = re.fullmatch(r"[\w.\[\],-]+==[\w.+!]+(\s*;.*)?|[\w-]+ @ git\+\S+@[0-9a-f]{40}", requirement)
+            if requirement and not option and not exact:
+                yield f"{path.relative_to(root)} does not pin {requirement}"
 
 
 def _tests(root: Path, project: str):
     env = env_of(project)
-    if not [*(root / "tests" / env).glob("test_*.py")]:
+    if not any(re.search(r"^def test_", _text(path), re.M) for path in (root / "tests" / env).glob("test_*.py")):
         yield f"tests/{env} has no tests"
     tox = configparser.ConfigParser(interpolation=None)
     tox.read_string(_text(root / "tox.ini"))
     if env not in re.split(r"[,\s]+", tox.get("tox", "env_list", fallback="")):
         yield f"tox.ini's env_list lacks {env}"
-    commands = tox.get(f"testenv:{env}", "commands", fallback="")
-    for part in (f"tests/{env}", "tests/docs", f"--readme {project}/README.md"):
-        if part not in commands:
-            yield f"tox.ini's testenv:{env} does not run pytest with {part}"
+    wanted = f"pytest tests/{env} tests/docs --readme {project}/README.md"
+    commands = tox.get(f"testenv:{env}", "commands", fallback="").strip().splitlines()
+    if not any(command == wanted or command.startswith(f"{wanted} ") for command in commands):
+        yield f"tox.ini's testenv:{env} does not run {wanted}"
 
 
 def _imports(root: Path):
     """A project and its tests import no other project, and of ours only shared."""
     names = projects(root)
-    owners = {name: name for name in names} | {f"tests/{env_of(name)}": name for name in names}
+    owners = {name: name for name in names} | {f"tests/{env_of(name)}": name for name in names} | {"shared": "shared"}
     for path in files(root):
         owner = owners.get(path.parts[0]) or owners.get("/".join(path.parts[:2]))
-        if not owner and path.parts[0] != "shared":
+        if not owner:
             continue
         try:
-            imported = {*_imported(root / path)}
+            imported = {name.partition(".")[0] for name in _imported(root / path)}
         except (SyntaxError, ValueError) as error:
-            yield f"{path} is not Python: {error}"
+            yield f"{path} cannot be read: {error}"
             continue
         for name in sorted(imported & {*names, "tests"} - {owner}):
             yield f"{path} imports {name}"
 
 
 def _imported(path: Path):
-    """The top-level names that a module or a notebook imports."""
-    if path.suffix == ".py":
-        sources = [path.read_text(encoding="utf-8")]
-    elif path.suffix == ".ipynb":
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        sources = [re.sub(r"^\s*[%!].*$", "", source, flags=re.M) for source in code]
-    else:
-        return
-    for source in sources:
-        for node in ast.walk(ast.parse(source)):
+    """The names that a module or a notebook imports, and texts that could name a module to import."""
+    if path.suffix == ".ipynb":
+        for cell in json.loads(_text(path)).get("cells", []):
+            if cell["cell_type"] == "code":  # with magics and shell lines in it: no Python that ast would read
+                yield from re.findall(r"^\s*(?:from|import)\s+([\w.]+)", "".join(cell["source"]), re.M)
+    elif path.suffix == ".py":
+        for node in ast.walk(ast.parse(_text(path))):
             if isinstance(node, ast.Import):
-                yield from (alias.name.partition(".")[0] for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                yield node.module.partition(".")[0]
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield node.module or ""
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+", node.value):
+                yield node.value
 
 
 def _text(path: Path) -> str:

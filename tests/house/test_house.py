@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import each
 import pytest
 from house import ROOT, complaints, projects
 
@@ -59,9 +62,17 @@ def made_up(tmp_path):
         write(folder / "requirements-cpu.txt", f"pkg @ git+https://vendor.example/pkg@{40 * 'a'}\n")
         for name in ("model.py", "weight_loader.py", "bench.py", example):
             write(folder / name, f"import numpy\nfrom shared.tokenizer import find_model\nfrom {project} import x\n")
-        cells = [{"cell_type": "code", "source": ["%matplotlib inline\n", "!ls\n", "import numpy\n"]}]
+        cells = [
+            {
+                "cell_type": "code",
+                "source": ["%%time\n", "if x:\n", "    !pip install \\\n", "y = !ls\n", "import numpy\n"],
+            }
+        ]
         write(folder / "notes.ipynb", json.dumps({"cells": [*cells, {"cell_type": "markdown", "source": ["import!"]}]}))
-        write(tmp_path / "tests" / project.split("_")[0] / "test_model.py", f"import {project}.model\n")
+        write(
+            tmp_path / "tests" / project.split("_")[0] / "test_model.py",
+            f"import {project}.model\ndef test_it(): ...\n",
+        )
     return tmp_path
 
 
@@ -72,9 +83,22 @@ def test_a_house_in_order_has_no_complaints(made_up):
 
 def test_a_house_without_projects_has_none(tmp_path):
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    write(tmp_path / "shared" / "tokenizer.py", "")
+    for name in ("__init__", "tokenizer", "sampling"):
+        write(tmp_path / "shared" / f"{name}.py", "")
     assert projects(tmp_path) == []
     assert complaints(tmp_path) == []
+
+
+def test_an_unpacked_archive_without_git_is_read_as_it_lies(made_up):
+    shutil.rmtree(made_up / ".git")
+    shutil.rmtree(made_up / "ignored_gpt2")
+    assert projects(made_up) == ["alpha_gpt2", "beta_nano_gpt"]
+    assert complaints(made_up) == []
+
+
+def test_a_project_without_a_readme_is_told_of_each_thing_it_should_hold(made_up):
+    (made_up / "alpha_gpt2" / "README.md").unlink()
+    assert len(complaints(made_up)) == 4
 
 
 def test_a_folder_with_a_single_file_is_already_a_project(made_up):
@@ -82,7 +106,7 @@ def test_a_folder_with_a_single_file_is_already_a_project(made_up):
     assert projects(made_up) == ["alpha_gpt2", "beta_nano_gpt", "gamma_gpt"]
     lines = "\n".join(complaints(made_up))
     for part in ("README.md", "model.py", "weight_loader.py", "bench.py", "requirements.txt"):
-        assert f"gamma_gpt/{part} is missing" in lines
+        assert f"gamma_gpt/{part} is missing or empty" in lines
     assert "gamma_gpt has no example" in lines
     assert "tests/gamma has no tests" in lines
     assert "tox.ini's env_list lacks gamma" in lines
@@ -91,16 +115,16 @@ def test_a_folder_with_a_single_file_is_already_a_project(made_up):
 SECTIONS = (
     "alpha_gpt2/README.md needs the sections Introduction, Running The Example, How It Works, Constraints, Numbers"
 )
-COMMANDS = "tox.ini's testenv:beta does not run pytest with "
+COMMANDS = "tox.ini's testenv:beta does not run pytest tests/beta tests/docs --readme beta_nano_gpt/README.md"
 BETA = " imports beta_nano_gpt"
 
 
 @pytest.mark.parametrize(
     ("path", "before", "after", "complaint"),
     [
-        ("alpha_gpt2/model.py", None, None, "alpha_gpt2/model.py is missing"),
-        ("alpha_gpt2/weight_loader.py", None, None, "alpha_gpt2/weight_loader.py is missing"),
-        ("alpha_gpt2/bench.py", None, None, "alpha_gpt2/bench.py is missing"),
+        ("alpha_gpt2/model.py", None, None, "alpha_gpt2/model.py is missing or empty"),
+        ("alpha_gpt2/weight_loader.py", None, None, "alpha_gpt2/weight_loader.py is missing or empty"),
+        ("alpha_gpt2/bench.py", None, None, "alpha_gpt2/bench.py is missing or empty"),
         ("beta_nano_gpt/requirements.txt", None, None, "beta_nano_gpt/requirements.txt is missing"),
         ("beta_nano_gpt/run_model.py", None, None, "beta_nano_gpt has no example: one of example.py"),
         ("tests/alpha/test_model.py", None, None, "tests/alpha has no tests"),
@@ -114,13 +138,26 @@ BETA = " imports beta_nano_gpt"
         ("beta_nano_gpt/requirements-cpu.txt", 40 * "a", "main", "beta_nano_gpt/requirements-cpu.txt does not pin pkg"),
         ("tox.ini", "alpha,", "", "tox.ini's env_list lacks alpha"),
         ("tox.ini", "\n    beta\n", "\n    beta2\n", "tox.ini's env_list lacks beta"),
-        ("tox.ini", "pytest tests/beta", "pytest", f"{COMMANDS}tests/beta"),
-        ("tox.ini", "tests/beta tests/docs", "tests/beta", f"{COMMANDS}tests/docs"),
-        ("tox.ini", "--readme beta_nano_gpt/README.md", "", f"{COMMANDS}--readme beta_nano_gpt/README.md"),
+        ("tox.ini", "pytest tests/beta", "pytest", COMMANDS),
+        ("tox.ini", "pytest tests/beta", "- pytest tests/beta", COMMANDS),
+        ("tox.ini", "pytest tests/beta", "echo pytest tests/beta", COMMANDS),
+        ("tox.ini", "pytest tests/beta", "pytest tests/beta_old", COMMANDS),
+        ("tox.ini", "tests/beta tests/docs", "tests/beta", COMMANDS),
+        ("tox.ini", "--readme beta_nano_gpt/README.md", "", COMMANDS),
+        ("tests/alpha/test_model.py", "def test_", "def check_", "tests/alpha has no tests"),
+        ("tests/alpha/__init__.py", "", "", "tests/alpha/__init__.py would make"),
+        ("tests/alpha/requirements.txt", "", "torch", "tests/alpha/requirements.txt does not pin torch"),
+        ("beta_nano_gpt/requirements.txt", "numpy==2.4.6", "numpy==2.*", "beta_nano_gpt/requirements.txt does not pin"),
+        ("beta_nano_gpt/requirements.txt", "numpy==2.4.6", "numpy>=2;python_version=='3.11'", "beta_nano_gpt/req"),
+        ("alpha_gpt2/README.md", "## Numbers", "```bash\n## Numbers\n```", SECTIONS),
+        ("alpha_gpt2/README.md", "## Numbers", "<!--\n## Numbers\n-->", SECTIONS),
+        ("alpha_gpt2/model.py", "import numpy", "from ..beta_nano_gpt import x", f"alpha_gpt2/model.py{BETA}"),
+        ("alpha_gpt2/model.py", "import numpy", "f('beta_nano_gpt.model')", f"alpha_gpt2/model.py{BETA}"),
+        ("shared/tokenizer.py", None, None, "shared/tokenizer.py is missing"),
         ("alpha_gpt2/model.py", "import numpy", "import beta_nano_gpt.model", f"alpha_gpt2/model.py{BETA}"),
         ("alpha_gpt2/model.py", "import numpy", "def f():\n from beta_nano_gpt import x", f"alpha_gpt2/model.py{BETA}"),
         ("alpha_gpt2/model.py", "import numpy", "from tests.house import x", "alpha_gpt2/model.py imports tests"),
-        ("alpha_gpt2/model.py", "import numpy", "import", "alpha_gpt2/model.py is not Python"),
+        ("alpha_gpt2/model.py", "import numpy", "import", "alpha_gpt2/model.py cannot be read"),
         ("alpha_gpt2/notes.ipynb", "import numpy", "import beta_nano_gpt", f"alpha_gpt2/notes.ipynb{BETA}"),
         ("tests/alpha/test_model.py", "import alpha_gpt2", "import beta_nano_gpt", f"tests/alpha/test_model.py{BETA}"),
         ("shared/sampling.py", "import numpy", "import alpha_gpt2", "shared/sampling.py imports alpha_gpt2"),
@@ -141,10 +178,38 @@ def test_each_rule_notices_its_breach_and_nothing_else(made_up, path, before, af
 
 def test_the_pins_that_stand_in_two_places_agree():
     def pins(path, package):
-        return set(re.findall(rf"\b{package}==([\w.]+)", (ROOT / path).read_text(encoding="utf-8")))
+        return {*re.findall(rf"\b{package}==([\w.]+)", (ROOT / path).read_text(encoding="utf-8"))}
 
-    assert len(pins("tox.ini", "ruff") | pins(".pre-commit-config.yaml", "ruff")) == 1
-    assert len(pins("tox.ini", "tox") | pins("Makefile", "tox")) == 1
+    assert len(pins("tox.ini", "ruff")) == len(pins("tox.ini", "tox")) == 1
+    assert pins("tox.ini", "ruff") == pins(".pre-commit-config.yaml", "ruff")
+    assert pins("tox.ini", "tox") == pins("Makefile", "tox")
+
+
+# -- make demo and make bench
+
+
+def test_without_projects_there_is_nothing_to_demo(tmp_path, capsys):
+    assert each.main(tmp_path, "demo") == 0
+    assert capsys.readouterr().out == "There are no projects in this checkout yet: nothing to demo.\n"
+
+
+def test_every_project_runs_its_own_script_and_one_that_fails_does_not_stop_the_rest(made_up, capfd, monkeypatch):
+    for env in ("alpha", "beta"):
+        write(made_up / ".tox" / env / "bin" / "python", '#!/bin/sh\necho "$0 $1 in $(pwd)"\ntest $1 != example.py\n')
+        (made_up / ".tox" / env / "bin" / "python").chmod(0o755)
+    write(made_up / "gamma_gpt" / "model.py", "")
+    monkeypatch.setattr(sys, "executable", "true")  # tox, which has made them
+    assert each.main(made_up, "demo") == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert "== alpha_gpt2: cd alpha_gpt2 && python example.py" in lines
+    assert f"{made_up}/.tox/beta/bin/python run_model.py in {made_up}/beta_nano_gpt" in lines
+    assert [line.partition(" in ")[0] for line in lines[-3:]] == [
+        "alpha_gpt2: FAILED with exit status 1",
+        "beta_nano_gpt: done",
+        "gamma_gpt: FAILED, for it has no example,",
+    ]
+    shutil.rmtree(made_up / "gamma_gpt")
+    assert each.main(made_up, "bench") == 0
 
 
 # -- make, on a machine that lacks something
