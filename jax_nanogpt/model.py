@@ -1,0 +1,135 @@
+"""GPT-2 in Flax, top to bottom: config, attention, MLP, block, GPT.
+
+Linen rather than NNX: a Linen model is a pure function of a plain dict of arrays. That dict is what
+`lax.scan`, Optax, Orbax and safetensors want, so nothing is split, merged or wrapped on the way, and the
+framework costs nothing once a step is compiled. Names and shapes are Hugging Face's, kernels [in, out].
+
+Shapes: B batch, T tokens in this call, S cache slots, C width, H heads, D = C / H, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_nanogpt.dropout import Dropout
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    bias: bool = True  # in the linears and layer norms; without is a little faster, GPT-2 has it
+    dropout: float = 0.0
+    dtype: str = "float32"  # of the arithmetic; parameters keep the type they are stored in
+
+
+def linear(config, width, name, std=0.02):
+    init = nn.initializers.normal(std)
+    return nn.Dense(width, use_bias=config.bias, dtype=config.dtype, kernel_init=init, name=name)
+
+
+def residual_linear(config, name):
+    """The projection that ends a branch: its spread shrinks with depth (GPT-2, section 2.3)."""
+    return linear(config, config.n_embd, name, 0.02 / math.sqrt(2 * config.n_layer))
+
+
+def layer_norm(config, name):
+    # Flax's E[x²] - E[x]² loses digits on GPT-2's large activations; the statistics stay in float32.
+    return nn.LayerNorm(1e-5, config.dtype, use_bias=config.bias, use_fast_variance=False, name=name)
+
+
+class CausalSelfAttention(nn.Module):
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x, cache, start, train):
+        c = self.config
+        B, T, C = x.shape
+        qkv = linear(c, 3 * C, "c_attn")(x)  # B, T, 3C
+        qkv = qkv.reshape(B, T, 3, c.n_head, C // c.n_head).transpose(2, 0, 3, 1, 4)  # 3, B, H, T, D
+        q, k, v = qkv
+        if cache is not None:
+            k, v = cache = lax.dynamic_update_slice(cache, qkv[1:], (0, 0, 0, start, 0))  # B, H, S, D
+        seen = jnp.arange(k.shape[2]) <= start + jnp.arange(T)[:, None]  # T, S
+        scores = (q @ k.swapaxes(-2, -1)).astype(jnp.float32) / math.sqrt(q.shape[-1])  # B, H, T, S
+        weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
+        weights = Dropout(c.dropout)(weights, train)
+        y = (weights @ v).swapaxes(1, 2).reshape(B, T, C)
+        return Dropout(c.dropout)(residual_linear(c, "c_proj")(y), train), cache
+
+
+class MLP(nn.Module):
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x, train):
+        c = self.config
+        x = nn.gelu(linear(c, 4 * c.n_embd, "c_fc")(x), approximate=True)  # B, T, 4C
+        return Dropout(c.dropout)(residual_linear(c, "c_proj")(x), train)
+
+
+class Block(nn.Module):
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x, cache, start, train):
+        c = self.config
+        y, cache = CausalSelfAttention(c, name="attn")(layer_norm(c, "ln_1")(x), cache, start, train)
+        x = x + y
+        return x + MLP(c, name="mlp")(layer_norm(c, "ln_2")(x), train), cache
+
+
+class GPT(nn.Module):
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, tokens, cache=None, start=0, only=None, train=False):
+        """Logits [B, T, V] in float32, and the cache with this call's keys and values in it.
+
+        tokens   [B, T], which stand at positions start, start + 1, ...
+        cache    None, or one [2, B, H, S, D] a layer (init_cache) filled up to start
+        only     the index in T of the one position whose logits are wanted: [B, 1, V] then
+        """
+        c = self.config
+        wte = self.param("wte", nn.initializers.normal(0.02), (c.vocab_size, c.n_embd))
+        wpe = self.param("wpe", nn.initializers.normal(0.02), (c.block_size, c.n_embd))
+        positions = lax.dynamic_slice_in_dim(wpe, start, tokens.shape[1])
+        x = (wte[tokens] + positions).astype(c.dtype)  # B, T, C
+        x = Dropout(c.dropout)(x, train)
+        caches = [None] * c.n_layer if cache is None else cache
+        new_caches = []
+        for i, layer_cache in enumerate(caches):
+            x, layer_cache = Block(c, name=f"h_{i}")(x, layer_cache, start, train)
+            new_caches.append(layer_cache)
+        x = layer_norm(c, "ln_f")(x)
+        if only is not None:
+            x = lax.dynamic_slice_in_dim(x, only, 1, axis=1)  # B, 1, C
+        logits = jnp.einsum("btc,vc->btv", x, wte.astype(c.dtype), preferred_element_type=jnp.float32)
+        return logits, new_caches
+
+
+def init_params(config, key):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.jit(GPT(config).init)(key, tokens)["params"]
+
+
+def init_cache(config, batch, slots):
+    head = config.n_embd // config.n_head
+    return [jnp.zeros((2, batch, config.n_head, slots, head), config.dtype) for _ in range(config.n_layer)]
+
+
+def count_params(params):
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def flops_per_token(config, params):
+    """Of a training step, forward and backward: PaLM (arXiv 2204.02311), appendix B. wpe multiplies nothing."""
+    c = config
+    return 6 * (count_params(params) - params["wpe"].size) + 12 * c.n_layer * c.n_embd * c.block_size
