@@ -1,0 +1,94 @@
+"""gpt2-nano's data and tokenizer: tiny Shakespeare and Python's help texts, less some of each, in a BPE of their own.
+
+Held out, in val.bin: Shakespeare's last tenth, and help topics that share under 2 % of their 60-character shingles
+with the others. heldout.json names them, so that any machine can rebuild the text from its own Python.
+"""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+from jax_nanogpt.data.corpus import (
+    SHAKESPEARE_SHA256,
+    arguments,
+    pydoc_topics,
+    shakespeare,
+    shingles,
+    write_dataset,
+)
+from jax_nanogpt.files import write_beside, write_text
+from shared.tokenizer import load_tokenizer
+
+MERGES = 1151  # with 256 bytes and <|endoftext|> a vocabulary of 1,408: a multiple of 128
+SPEECHES = 32  # in a document of Shakespeare: the text has no marks of its own between scenes
+END = "<|endoftext|>"
+
+
+def hold_out(topics):
+    """Names of topics that hardly share text with the rest: about a tenth of it, spread over the alphabet."""
+    parts = {name: shingles(text) for name, text in topics.items()}
+    names, total, size = [], sum(map(len, topics.values())), 0
+    for name in topics:
+        others = set().union(*(parts[other] for other in topics if other != name))
+        if len(parts[name] & others) < 0.02 * len(parts[name]) and size + len(topics[name]) <= total / 10:
+            names.append(name)
+            size += len(topics[name])
+    return names
+
+
+def train_tokenizer(texts):
+    """A byte-level BPE as GPT-2's: the 256 bytes, the merges, and <|endoftext|> last."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256 + MERGES, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([END])
+    return tokenizer
+
+
+def write_tokenizer(folder, tokenizer, context):
+    """GPT-2's two files for everyone, tokenizer.json and its config for transformers."""
+    write_beside(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    write_text(folder / "vocab.json", json.dumps(dict(vocab), ensure_ascii=False) + "\n")
+    about = {"tokenizer_class": "GPT2TokenizerFast", "model_max_length": context, "add_prefix_space": False}
+    about |= {f"{token}_token": END for token in ("bos", "eos", "unk", "pad")}
+    write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    play = shakespeare(arguments(__doc__).parse_args().input, HERE)
+    seen, unseen = play[: int(0.9 * len(play))], play[int(0.9 * len(play)) :]
+    topics = pydoc_topics()
+    held = hold_out(topics)
+    speeches = seen.split("\n\n")
+    documents = ["\n\n".join(speeches[i : i + SPEECHES]) for i in range(0, len(speeches), SPEECHES)]
+    documents += [text for name, text in topics.items() if name not in held]
+
+    write_tokenizer(HERE, train_tokenizer(documents), context=256)
+    tokenizer = load_tokenizer(HERE)
+    ends = [tokenizer.encode(text) + [tokenizer.eot] for text in documents]
+    tests = [unseen, *(topics[name] for name in held)]
+    splits = {
+        "train": [token for ids in ends for token in ids],
+        "val": [token for text in tests for token in [*tokenizer.encode(text), tokenizer.eot]],
+    }
+    write_dataset(HERE, splits, tokenizer)
+    about = {
+        "shakespeare": {"sha256": SHAKESPEARE_SHA256, "from_character": len(seen), "characters": len(unseen)},
+        "pydoc_data.topics": {"python": platform.python_version(), "topics": held},
+    }
+    write_text(HERE / "heldout.json", json.dumps(about, indent=2) + "\n")
+    size = sum(len(topics[name]) for name in held)
+    print(f"held out: {len(unseen):,} characters of Shakespeare, {len(held)} topics with {size:,} of {sum(map(len, topics.values())):,}")

@@ -1,0 +1,13 @@
+"""The help texts that every CPython carries, a token a character: no download. The last tenth is val.bin."""
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+from jax_nanogpt.data.corpus import pydoc_topics, write_characters
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    write_characters(HERE, "\n".join(pydoc_topics().values()))

@@ -1,0 +1,12 @@
+"""Tiny Shakespeare, a token a character: the last tenth is val.bin."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+from jax_nanogpt.data.corpus import arguments, shakespeare, write_characters
+
+if __name__ == "__main__":
+    given = arguments(__doc__).parse_args().input
+    write_characters(HERE, shakespeare(given, HERE))
