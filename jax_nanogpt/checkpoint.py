@@ -1,0 +1,63 @@
+"""Checkpoints through Orbax: the last and the best, each complete or not there at all.
+
+Orbax writes a step into a temporary folder and renames it when every byte is down; only then are older steps
+deleted. So a kill at any moment leaves the step before whole.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jax_nanogpt.model import GPTConfig
+
+ITEMS = ("params", "opt_state", "about")  # apart, so that sampling reads the parameters alone
+
+
+class Checkpoints:
+    """What an out_dir holds. writable is for the one that trains; afresh puts a former run's aside first."""
+
+    def __init__(self, out_dir, writable=False, afresh=False):
+        best = BestN(n=1, get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True)
+        self.folder = Path(out_dir).resolve() / "checkpoints"
+        if not writable and not self.folder.is_dir():
+            raise ValueError(f"out_dir is {out_dir}, which holds no checkpoint of train.py")
+        if afresh and self.folder.exists():
+            aside = self.folder.with_name("checkpoints.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.folder.rename(aside)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(1), best]),
+            cleanup_tmp_directories=writable,
+            read_only=not writable,
+            enable_async_checkpointing=False,
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        if not writable and not self.manager.all_steps():
+            raise ValueError(f"out_dir is {out_dir}, which holds no complete checkpoint")
+
+    def save(self, step, params, opt_state, config, val_loss):
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            opt_state=ocp.args.StandardSave(opt_state),
+            about=ocp.args.JsonSave({"model": vars(config)}),
+        )
+        self.manager.save(step, args=items, metrics={"val_loss": val_loss})
+
+    def last(self):
+        return self.manager.latest_step()
+
+    def best(self):
+        return min(self.manager.all_steps(), key=lambda step: self.manager.metrics(step)["val_loss"])
+
+    def restore_model(self, step):
+        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        items = ocp.args.Composite(params=ocp.args.StandardRestore())
+        return GPTConfig(**about["model"]), jax.tree.map(np.asarray, self.manager.restore(step, args=items)["params"])
+
+    def restore_opt_state(self, step, like):
+        items = ocp.args.Composite(opt_state=ocp.args.StandardRestore(like))
+        return self.manager.restore(step, args=items)["opt_state"]

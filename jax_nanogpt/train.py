@@ -1,0 +1,321 @@
+"""Train a GPT, resume one, or fine-tune GPT-2.
+
+    python train.py config/train_shakespeare_char.py [--key=value ...]
+
+Settings: the defaults below, then the config files, then the flags. --help lists them.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from jax_nanogpt import weight_loader
+from jax_nanogpt.checkpoint import Checkpoints
+from jax_nanogpt.configurator import configure, fail
+from jax_nanogpt.device import choose_devices, describe
+from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
+from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
+from jax_nanogpt.optimizer import make_optimizer
+from shared.tokenizer import find_model, load_tokenizer
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are GPT-2 124M on OpenWebText."""
+
+    # input and output
+    out_dir: str = "out"
+    init_from: str = "scratch"  # or resume (what is in out_dir), gpt2, gpt2-medium, ..., or a checkpoint folder
+    dataset: str = "openwebtext"  # a folder in data/, or any folder with train.bin and val.bin
+    eval_interval: int = 2000  # iterations from one evaluation and checkpoint to the next
+    eval_iters: int = 200  # at most so many batches of each split, evenly spread over it, always the same ones
+    eval_only: bool = False
+    # model
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    bias: bool = False
+    dropout: float = 0.0
+    # batches: an iteration's tokens are batch_size * gradient_accumulation_steps * block_size
+    batch_size: int = 12
+    gradient_accumulation_steps: int = 40
+    # optimizer
+    optimizer: str = "adamw"  # or muon, for the matrices, and adamw for the rest
+    learning_rate: float = 6e-4
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.0
+    weight_decay: float = 0.1  # of matrices and embeddings
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # 0: none
+    schedule: str = "cosine"  # or linear, or constant
+    warmup_iters: int = 2000
+    lr_decay_iters: int = 600000
+    min_lr: float = 6e-5
+    max_iters: int = 600000
+    # machine
+    seed: int = 1337
+    dtype: str = "bfloat16"  # or float32; parameters and optimizer are float32 in either
+    device: str = "auto"  # or cpu, gpu, tpu
+    iters_per_call: int = 10  # iterations that one jitted call makes, with no trip back to Python between them
+
+    def check(self):
+        allowed = {
+            "optimizer": ("adamw", "muon"),
+            "schedule": ("cosine", "linear", "constant"),
+            "dtype": ("float32", "bfloat16"),
+        }
+        for key, choices in allowed.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key} is {getattr(self, key)!r}, one of {', '.join(choices)} is expected")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            may_be_zero = field.type is float or field.name in ("seed", "warmup_iters", "max_iters")
+            if field.type in (int, float) and (value < 0 or value == 0 and not may_be_zero):
+                limit = "0 or more" if may_be_zero else "1 or more"
+                raise ValueError(f"{field.name} is {value}, {limit} is expected")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd is {self.n_embd}, a multiple of n_head ({self.n_head}) is expected")
+        if self.learning_rate == 0 or self.dropout >= 1:
+            raise ValueError("learning_rate above 0 and dropout below 1 are expected")
+
+
+# --- data: a .bin is one long row of uint16 tokens, and an example is any block_size + 1 of them
+
+
+def open_split(folder, split, block_size):
+    path = folder / f"{split}.bin"
+    if not path.exists():
+        raise ValueError(f"dataset is {folder}, which has no {split}.bin: python {folder / 'prepare.py'} writes it")
+    data = np.memmap(path, np.uint16, "r")
+    if len(data) <= block_size:
+        raise ValueError(f"{path} has {len(data)} tokens, more than block_size ({block_size}) are expected")
+    return data
+
+
+def cut(data, starts, block_size):
+    return data[starts[..., None] + np.arange(block_size + 1)].astype(np.int32)
+
+
+def batches(data, config, first, count):
+    """Iterations first, first + 1, ...: [count, accumulation, B, T + 1]. An iteration's draw hangs on nothing
+    but the seed and its number, so that a resumed run sees what an unbroken one would have."""
+    shape = config.gradient_accumulation_steps, config.batch_size
+    draws = [np.random.default_rng((config.seed, i)) for i in range(first, first + count)]
+    starts = np.stack([draw.integers(len(data) - config.block_size, size=shape) for draw in draws])
+    return cut(data, starts, config.block_size)
+
+
+# --- the jitted functions
+
+
+def losses(model, params, examples, dropout_key=None):
+    """Cross-entropy of each token: [B, T]."""
+    train = dropout_key is not None
+    rngs = {"dropout": dropout_key} if train else None
+    logits, _ = model.apply({"params": params}, examples[:, :-1], train=train, rngs=rngs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, examples[:, 1:])
+
+
+@partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("params", "opt_state"))
+def train_iterations(model, optimizer, params, opt_state, examples, first, count, key):
+    """The first `count` iterations of examples [I, A, B, T + 1], numbered from `first` on.
+
+    count is an argument of the compiled program, not a part of it: one program serves every count, so that the
+    bits do not hang on where a run was stopped. Returns params, opt_state and the losses [I].
+    """
+    accumulation = examples.shape[1]
+
+    def iteration(i, state):
+        params, opt_state, seen = state
+        keys = jax.random.split(jax.random.fold_in(key, first + i), accumulation)
+
+        def micro_batch(sums, batch_and_key):
+            loss_and_gradients = jax.value_and_grad(lambda p: losses(model, p, *batch_and_key).mean())(params)
+            return jax.tree.map(jnp.add, sums, loss_and_gradients), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        sums, _ = lax.scan(micro_batch, zeros, (examples[i], keys))
+        loss, gradients = jax.tree.map(lambda total: total / accumulation, sums)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, seen.at[i].set(loss)
+
+    return lax.fori_loop(0, count, iteration, (params, opt_state, jnp.zeros(len(examples))))
+
+
+@partial(jax.jit, static_argnames="model")
+def window_losses(model, params, windows):
+    return losses(model, params, windows).mean(axis=1)
+
+
+def evaluate(model, params, data, config, place):
+    """The mean loss over evenly spread windows that do not overlap: all of them where eval_iters reaches."""
+    T, B = config.block_size, config.batch_size
+    windows = (len(data) - 1) // T
+    used = min(windows, config.eval_iters * B)
+    starts = np.arange(used) * windows // used * T
+    padded = np.resize(starts, -(-used // B) * B).reshape(-1, B)  # the last batch is filled up, and cut below
+    found = [window_losses(model, params, place(cut(data, some, T))) for some in padded]
+    return float(np.concatenate(found)[:used].astype(np.float64).mean())
+
+
+# --- what a run leaves behind
+
+
+class Metrics:
+    """metrics.jsonl, one JSON object a line, and loss.png, drawn from it."""
+
+    def __init__(self, out_dir, start):
+        self.file, self.chart, self.rows = out_dir / "metrics.jsonl", out_dir / "loss.png", []
+        if start and self.file.exists():  # a killed run may have come further than its last checkpoint
+            for line in self.file.read_text(encoding="utf-8").split("\n")[:-1]:
+                if (row := json.loads(line))["iter"] <= start:
+                    self.rows.append(row)
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_text(self.file, text)
+
+    def add(self, **row):
+        self.rows.append(row)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def draw(self):
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for key, style in ("loss", "0.8"), ("train_loss", "tab:blue"), ("val_loss", "tab:orange"):
+            points = [(row["iter"], row[key]) for row in self.rows if key in row]
+            axes.plot(*zip(*points, strict=True) if points else ((), ()), color=style, label=key.replace("_", " "))
+        axes.set(xlabel="iteration", ylabel="cross-entropy, nats a token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        write_beside(self.chart, lambda path: figure.savefig(path, format="png", dpi=120))
+        plt.close(figure)
+
+
+# --- the run
+
+
+def first_model(config, dataset):
+    """(GPTConfig, params, iteration) to start from, as init_from says."""
+    tokenizer = load_tokenizer(dataset)
+    own = {"dropout": config.dropout, "dtype": config.dtype}
+    if config.init_from == "scratch":
+        shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
+        model_config = GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own)
+        return model_config, init_params(model_config, jax.random.key(config.seed)), 0
+    if config.init_from == "resume":
+        checkpoints = Checkpoints(config.out_dir)
+        model_config, params = checkpoints.restore_model(checkpoints.last())
+        folder, iteration = Path(config.out_dir), checkpoints.last()
+    else:
+        folder, iteration = find_model(config.init_from).folder, 0
+        model_config, params = weight_loader.load(folder)
+        model_config, params = weight_loader.crop(model_config, params, config.block_size)
+    theirs = load_tokenizer(folder)
+    if theirs.decode(range(theirs.n_vocab)) != tokenizer.decode(range(tokenizer.n_vocab)):
+        raise ValueError(f"dataset is {dataset}, whose tokens are not those that {folder} was trained on")
+    return replace(model_config, **own), params, iteration
+
+
+def train(config, splits, dataset, devices, model_config, params, start):
+    out_dir = Path(config.out_dir)
+    mesh = Mesh(devices, "batch")  # data parallel: every device has all parameters and a share of each batch
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shared_out = {axis: NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch")) for axis in (0, 2)}
+    model, optimizer = GPT(model_config), make_optimizer(config)
+    params = jax.device_put(params, everywhere)
+    key = jax.random.key(config.seed)
+    tokens_per_iteration = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    flops = flops_per_token(model_config, params) * tokens_per_iteration
+    print(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices)}", flush=True)
+
+    def losses_now():
+        place = partial(jax.device_put, device=shared_out[0])
+        return {split: evaluate(model, params, data, config, place) for split, data in splits.items()}
+
+    def report(iteration, now):
+        tqdm.write(f"iter {iteration} loss: train loss {now['train']:.4f}, val loss {now['val']:.4f}")
+        sys.stdout.flush()
+
+    if config.eval_only:
+        return report(start, losses_now())
+
+    checkpoints = Checkpoints(out_dir, writable=True, afresh=config.init_from != "resume")
+    opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
+    if start:
+        opt_state = jax.device_put(checkpoints.restore_opt_state(start, opt_state), everywhere)
+    copy_files((*TOKENIZER_FILES, "config.json"), dataset, out_dir)
+    metrics = Metrics(out_dir, start)
+    bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1)
+    iteration = start
+    while True:
+        if iteration % config.eval_interval == 0 or iteration >= config.max_iters:
+            if iteration > start or not start:
+                report(iteration, now := losses_now())
+                metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
+                metrics.draw()
+            if iteration > start:
+                checkpoints.save(iteration, params, opt_state, model_config, now["val"])
+        if iteration >= config.max_iters:
+            break
+        until_stop = min(config.max_iters, (iteration // config.eval_interval + 1) * config.eval_interval) - iteration
+        count = min(config.iters_per_call, until_stop)
+        examples = jax.device_put(
+            batches(splits["train"], config, iteration, config.iters_per_call), shared_out[2]
+        )
+        began = time.perf_counter()
+        params, opt_state, seen = train_iterations(
+            model, optimizer, params, opt_state, examples, iteration, count, key
+        )
+        loss = float(seen[:count].mean())
+        seconds = (time.perf_counter() - began) / count
+        iteration += count
+        metrics.add(iter=iteration, loss=loss, s_per_iter=round(seconds, 6))
+        bar.update(count)
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {tokens_per_iteration / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s"
+        )
+    bar.close()
+
+
+def main():
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(__doc__)
+        for field in fields(Config):
+            print(f"  --{field.name}={field.default}")
+        return
+    try:
+        config = configure(Config(), sys.argv[1:], HERE)
+        config.check()
+        devices = choose_devices(config.device)
+        if config.batch_size % len(devices):
+            raise ValueError(f"batch_size is {config.batch_size}, a multiple of the {len(devices)} devices is expected")
+        dataset = HERE / "data" / config.dataset
+        model_config, params, start = first_model(config, dataset)
+        config = replace(config, block_size=model_config.block_size)
+        splits = {split: open_split(dataset, split, config.block_size) for split in ("train", "val")}
+    except ValueError as error:
+        fail(error)
+    train(config, splits, dataset, devices, model_config, params, start)
+
+
+if __name__ == "__main__":
+    main()
