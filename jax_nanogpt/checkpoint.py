@@ -5,10 +5,11 @@ deleted. So a kill at any moment leaves the step before whole.
 """
 
 import shutil
+from operator import itemgetter
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -21,7 +22,6 @@ class Checkpoints:
     """What an out_dir holds. writable is for the one that trains; afresh puts a former run's aside first."""
 
     def __init__(self, out_dir, writable=False, afresh=False):
-        best = BestN(n=1, get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True)
         self.folder = Path(out_dir).resolve() / "checkpoints"
         if not writable and not self.folder.is_dir():
             raise ValueError(f"out_dir is {out_dir}, which holds no checkpoint of train.py")
@@ -29,8 +29,12 @@ class Checkpoints:
             aside = self.folder.with_name("checkpoints.old")
             shutil.rmtree(aside, ignore_errors=True)
             self.folder.rename(aside)
+        val_loss = itemgetter("val_loss")
+        keep = AnyPreservationPolicy([LatestN(1), BestN(n=1, get_metric_fn=val_loss, reverse=True)])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(1), best]),
+            preservation_policy=keep,
+            best_fn=val_loss,
+            best_mode="min",
             cleanup_tmp_directories=writable,
             read_only=not writable,
             enable_async_checkpointing=False,
@@ -51,12 +55,14 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def best(self):
-        return min(self.manager.all_steps(), key=lambda step: self.manager.metrics(step)["val_loss"])
+        return self.manager.best_step()
 
-    def restore_model(self, step):
+    def restore_model(self, step, dtype="float32"):
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         items = ocp.args.Composite(params=ocp.args.StandardRestore())
-        return GPTConfig(**about["model"]), jax.tree.map(np.asarray, self.manager.restore(step, args=items)["params"])
+        params = self.manager.restore(step, args=items)["params"]
+        config = GPTConfig(**{**about["model"], "dtype": dtype})
+        return config, jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
 
     def restore_opt_state(self, step, like):
         items = ocp.args.Composite(opt_state=ocp.args.StandardRestore(like))
