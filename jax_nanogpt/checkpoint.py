@@ -4,6 +4,7 @@ Orbax writes a step into a temporary folder and renames it when every byte is do
 deleted. So a kill at any moment leaves the step before whole.
 """
 
+import logging
 import shutil
 from operator import itemgetter
 from pathlib import Path
@@ -15,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from jax_nanogpt.model import GPTConfig
 
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells at length what was asked of it
 ITEMS = ("params", "opt_state", "about")  # apart, so that sampling reads the parameters alone
 
 

@@ -95,8 +95,10 @@ class Config:
                 raise ValueError(f"{field.name} is {value}, {limit} is expected")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, a multiple of n_head ({self.n_head}) is expected")
-        if self.learning_rate == 0 or self.dropout >= 1:
-            raise ValueError("learning_rate above 0 and dropout below 1 are expected")
+        if self.learning_rate == 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, above 0 is expected")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout is {self.dropout}, below 1 is expected")
 
 
 # --- data: a .bin is one long row of uint16 tokens, and an example is any block_size + 1 of them

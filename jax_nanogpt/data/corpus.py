@@ -16,7 +16,7 @@ from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from jax_nanogpt.configurator import fail
-from jax_nanogpt.files import write_beside, write_text
+from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
 from shared.tokenizer import Characters
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -98,6 +98,12 @@ def write_characters(folder, text):
     tokenizer.save(folder)
 
 
-def mark_gpt2(folder):
-    """GPT-2's tokenizer has no files here: a config.json that says so is what load_tokenizer reads."""
-    write_text(folder / "config.json", json.dumps({"vocab_size": 50257}) + "\n")
+def keep_tokenizer(folder, source):
+    """The tokenizer's files beside the data, from a model's folder. None is GPT-2's, which has no files here:
+    a config.json with its vocabulary's size is what load_tokenizer knows it by."""
+    for name in (*TOKENIZER_FILES, "config.json"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier run with another model
+    if source is None:
+        write_text(folder / "config.json", json.dumps({"vocab_size": 50257}) + "\n")
+    else:
+        copy_files(TOKENIZER_FILES, source, folder)

@@ -1,0 +1,15 @@
+"""GPT-2 124M on OpenWebText: about half a million tokens an iteration, as nanoGPT's run on eight A100s."""
+
+out_dir = "out-gpt2"
+dataset = "openwebtext"
+eval_interval = 1000
+eval_iters = 200
+
+batch_size = 16
+gradient_accumulation_steps = 30
+block_size = 1024
+max_iters = 600000
+lr_decay_iters = 600000
+weight_decay = 0.1
+
+dtype = "bfloat16"

@@ -1,0 +1,49 @@
+"""OpenWebText in GPT-2's tokens, streamed from the hub: 9 billion of them, 18 GB. Every 2,000th text is in val.bin.
+
+Needs `pip install datasets`. --documents=10000 takes the first few only.
+"""
+
+import argparse
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+from jax_nanogpt.configurator import fail
+from jax_nanogpt.data.corpus import keep_tokenizer
+from shared.tokenizer import gpt2_bpe
+
+DOCUMENTS = 8_013_769
+
+
+def write(documents, tokenizer, folder):
+    """Token by token to disk, so that memory does not grow with the data; moved into place when all are there."""
+    parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
+    with parts["train"].open("wb") as train, parts["val"].open("wb") as val:
+        for number, document in enumerate(documents):
+            ids = [*tokenizer.encode(document["text"]), tokenizer.eot]
+            np.asarray(ids, np.uint16).tofile(val if number % 2000 == 1999 else train)
+    for split, part in parts.items():
+        os.replace(part, folder / f"{split}.bin")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=DOCUMENTS)
+    count = parser.parse_args().documents
+    try:
+        from datasets import load_dataset
+
+        tokenizer = gpt2_bpe()
+        stream = load_dataset("Skylion007/openwebtext", split="train", streaming=True)
+    except ImportError:
+        fail("the package datasets is missing: pip install datasets")
+    except (ValueError, OSError) as error:
+        fail(f"OpenWebText cannot be had: {error}")
+    write(tqdm(islice(stream, count), total=count, unit="text"), tokenizer, HERE)
+    keep_tokenizer(HERE, None)

@@ -1,0 +1,24 @@
+"""Tiny Shakespeare in a model's own tokens, GPT-2's unless another is named: the last tenth is val.bin."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+from jax_nanogpt.configurator import fail
+from jax_nanogpt.data.corpus import arguments, keep_tokenizer, shakespeare, write_dataset
+from shared.tokenizer import find_model, gpt2_bpe, load_tokenizer
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default="gpt2", help="gpt2 and its like, gpt2-nano or a folder (default: gpt2)")
+    args = parser.parse_args()
+    try:
+        folder = None if args.model.startswith("gpt2") and args.model != "gpt2-nano" else find_model(args.model).folder
+        tokenizer = gpt2_bpe() if folder is None else load_tokenizer(folder)
+    except ValueError as error:
+        fail(error)
+    text = shakespeare(args.input, HERE)
+    cut = int(0.9 * len(text))
+    write_dataset(HERE, {"train": tokenizer.encode(text[:cut]), "val": tokenizer.encode(text[cut:])}, tokenizer)
+    keep_tokenizer(HERE, folder)
