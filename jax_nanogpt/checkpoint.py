@@ -11,7 +11,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jax_nanogpt.model import GPTConfig
@@ -61,10 +63,11 @@ class Checkpoints:
 
     def restore_model(self, step, dtype="float32"):
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        items = ocp.args.Composite(params=ocp.args.StandardRestore())
+        here = SingleDeviceSharding(jax.devices()[0])  # where the machine has other devices than the one that saved
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=here))
         params = self.manager.restore(step, args=items)["params"]
         config = GPTConfig(**{**about["model"], "dtype": dtype})
-        return config, jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
+        return config, jax.tree.map(lambda p: jnp.asarray(np.asarray(p), dtype), params)
 
     def restore_opt_state(self, step, like):
         items = ocp.args.Composite(opt_state=ocp.args.StandardRestore(like))

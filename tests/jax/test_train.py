@@ -1,0 +1,227 @@
+"""Training: what is claimed of resuming, of kills, of accumulation, of evaluation, of what a run leaves behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from pydoc_data.topics import topics
+
+from jax_nanogpt import train, weight_loader
+from jax_nanogpt.checkpoint import Checkpoints
+from jax_nanogpt.data.corpus import write_characters
+from jax_nanogpt.model import GPT, GPTConfig, init_params
+
+SCRIPT = Path(train.__file__)
+TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_iters=3")
+TINY += ("--gradient_accumulation_steps=2", "--dropout=0.2", "--dtype=float32", "--device=cpu")
+TINY += ("--learning_rate=1e-2", "--min_lr=1e-3", "--warmup_iters=5", "--lr_decay_iters=40", "--eval_interval=1000")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_characters(folder, "".join(topics[name] for name in sorted(topics)[:8]))
+    return folder
+
+
+@pytest.fixture
+def run(dataset, monkeypatch, capsys):
+    """train.py in this process: run(out_dir, flags...) -> what it printed."""
+
+    def call(out_dir, *flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags])
+        train.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def refused(run, out_dir, *flags):
+    with pytest.raises(SystemExit) as caught:
+        run(out_dir, *flags)
+    assert caught.value.code == 2
+
+
+def state(out_dir):
+    """The last checkpoint whole: its iteration, and every array of the parameters and the optimizer."""
+    checkpoints = Checkpoints(out_dir)
+    last = checkpoints.last()
+    read = ocp.args.StandardRestore()
+    restored = checkpoints.manager.restore(last, args=ocp.args.Composite(params=read, opt_state=read))
+    return last, jax.tree.leaves((restored["params"], restored["opt_state"]))
+
+
+def same(one, other):
+    return one[0] == other[0] and all(map(np.array_equal, one[1], other[1]))
+
+
+def losses_of(out_dir):
+    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    return {row["iter"]: row["val_loss"] for row in rows if "val_loss" in row}
+
+
+@pytest.mark.parametrize("flags", [["--optimizer=adamw"], ["--optimizer=muon", "--muon_weight_decay=0.1"]])
+def test_stopped_and_resumed_equals_unbroken_to_the_bit(flags, run, tmp_path):
+    run(tmp_path / "whole", "--max_iters=37", *flags)
+    run(tmp_path / "parts", "--max_iters=14", *flags)
+    run(tmp_path / "parts", "--max_iters=37", "--init_from=resume", *flags)
+    assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    assert losses_of(tmp_path / "whole")[37] == losses_of(tmp_path / "parts")[37]
+    run(tmp_path / "other", "--max_iters=37", "--seed=1", *flags)
+    assert not same(state(tmp_path / "whole"), state(tmp_path / "other"))
+
+
+def start(dataset, out_dir, *flags):
+    command = [sys.executable, SCRIPT, *TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_when(process, happened):
+    while not happened():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_kill_in_training_or_in_saving_loses_only_what_came_after_the_last_checkpoint(run, dataset, tmp_path):
+    flags = ("--max_iters=40", "--eval_interval=2")
+    out_dir = tmp_path / "killed"
+    folder = out_dir / "checkpoints"
+    run(tmp_path / "whole", *flags)
+
+    def is_saving():
+        return any(folder.glob("*tmp*"))
+
+    def is_complete(step):
+        return lambda: any(int(p.name) >= step for p in folder.glob("*") if p.name.isdigit()) and not is_saving()
+
+    kill_when(start(dataset, out_dir, *flags), is_complete(4))
+    first, _ = state(out_dir)
+    assert first >= 4
+    kill_when(start(dataset, out_dir, *flags, "--init_from=resume"), is_saving)
+    second, _ = state(out_dir)
+    assert first <= second < 40
+    run(out_dir, *flags, "--init_from=resume")
+    assert same(state(tmp_path / "whole"), state(out_dir))
+    assert losses_of(tmp_path / "whole") == losses_of(out_dir)
+    assert not is_saving()
+
+
+def test_best_and_last_are_kept(run, tmp_path):
+    run(tmp_path, "--max_iters=20", "--eval_interval=10")
+    run(tmp_path, "--max_iters=40", "--eval_interval=10", "--init_from=resume", "--learning_rate=30", "--min_lr=30")
+    losses, checkpoints = losses_of(tmp_path), Checkpoints(tmp_path)
+    assert checkpoints.last() == 40
+    assert checkpoints.best() == min(losses, key=losses.get) == 20
+    assert sorted(checkpoints.manager.all_steps()) == [20, 40]
+
+
+def test_a_fresh_start_puts_the_former_run_aside(run, tmp_path):
+    run(tmp_path, "--max_iters=10")
+    former = state(tmp_path)
+    run(tmp_path, "--max_iters=5")
+    assert state(tmp_path)[0] == 5
+    (tmp_path / "checkpoints").rename(tmp_path / "new")
+    (tmp_path / "checkpoints.old").rename(tmp_path / "checkpoints")
+    assert same(state(tmp_path), former)
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(run, tmp_path):
+    flags = ("--max_iters=5", "--dropout=0", "--learning_rate=1e-3")
+    run(tmp_path / "one", *flags, "--batch_size=8", "--gradient_accumulation_steps=1")
+    run(tmp_path / "four", *flags, "--batch_size=2", "--gradient_accumulation_steps=4")
+    for one, four in zip(state(tmp_path / "one")[1], state(tmp_path / "four")[1], strict=True):
+        np.testing.assert_allclose(one, four, atol=1e-4)
+
+
+def test_bfloat16_learns_as_float32_does(run, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        run(tmp_path / dtype, "--max_iters=40", f"--dtype={dtype}")
+    exact, rough = (losses_of(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    assert exact[40] < exact[0] - 0.8
+    assert 0 < abs(exact[40] - rough[40]) < 0.05
+    assert {array.dtype for array in state(tmp_path / "bfloat16")[1]} == {np.dtype("float32"), np.dtype("int32")}
+
+
+def test_two_devices_give_what_one_gives(run, dataset, tmp_path, monkeypatch):
+    run(tmp_path / "one", "--max_iters=5")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    assert start(dataset, tmp_path / "two", "--max_iters=5").wait() == 0
+    (_, one), (_, two) = (Checkpoints(tmp_path / name).restore_model(5) for name in ("one", "two"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), one, two)
+
+
+@pytest.mark.parametrize("tokens", [17, 100, 16 * 12 + 1, 1000])
+def test_evaluation_is_the_mean_over_every_window_once(tokens):
+    config = train.Config(block_size=16, batch_size=4, eval_iters=1000)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32))
+    params = init_params(model.config, jax.random.key(0))
+    data = np.random.default_rng(0).integers(50, size=tokens).astype(np.uint16)
+    windows = [data[i : i + 17] for i in range(0, tokens - 16, 16)]
+    expected = np.mean(train.losses(model, params, np.array(windows, np.int32)))
+    assert train.evaluate(model, params, data, config, jnp.asarray) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_prints_and_writes_its_losses(run, tmp_path):
+    printed = run(tmp_path, "--max_iters=20", "--eval_interval=10")
+    first, *lines = printed.splitlines()
+    assert re.fullmatch(r"GPT \(0\.0M parameters\) on cpu: jax [\d.]+", first)
+    pattern = r"iter (\d+) loss: train loss (\d\.\d{4}), val loss (\d\.\d{4})"
+    found = {int(m[1]): float(m[3]) for line in lines if line if (m := re.fullmatch(pattern, line))}
+    assert found == pytest.approx(losses_of(tmp_path), abs=1e-4) and list(found) == [0, 10, 20]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "meta.json").exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_eval_only_gives_the_same_loss_and_writes_nothing(run, tmp_path):
+    run(tmp_path, "--max_iters=10")
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    printed = run(tmp_path, "--init_from=resume", "--eval_only")
+    assert f"val loss {losses_of(tmp_path)[10]:.4f}" in printed
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_fine_tuning_starts_from_a_checkpoint_and_crops_it(run, dataset, tmp_path):
+    run(tmp_path / "first", "--max_iters=40", "--block_size=24")
+    config, params = Checkpoints(tmp_path / "first").restore_model(40)
+    weight_loader.save(tmp_path / "exported", config, params, tokenizer_folder=dataset)
+    printed = run(tmp_path / "tuned", f"--init_from={tmp_path / 'exported'}", "--max_iters=20", "--schedule=constant")
+    losses = losses_of(tmp_path / "tuned")
+    assert losses[0] < losses_of(tmp_path / "first")[0] - 0.8 and losses[20] < losses[0], printed
+    assert Checkpoints(tmp_path / "tuned").restore_model(20)[0].block_size == 16
+
+
+def test_mistakes_end_in_one_line_and_status_2(run, dataset, tmp_path, capsys):
+    run(tmp_path / "first", "--max_iters=2")
+    write_characters(tmp_path, "other letters" * 20)
+    complaints = {
+        ("--init_from=resume",): "none, which holds no checkpoint",
+        ("--init_from=nowhere",): "'nowhere'",
+        ("--dataset=nowhere",): "nowhere",
+        ("--block_size=100000",): "more than block_size (100000) are expected",
+        ("--device=abacus",): "device is abacus, one of auto, cpu, gpu, tpu is expected",
+        ("--device=tpu",): "device is tpu, but JAX finds only: cpu",
+        ("--max_iter=3",): "max_iter is no setting; near are: max_iters",
+        (f"--dataset={tmp_path}", "--init_from=resume", f"--out_dir={tmp_path / 'first'}"): "whose tokens are not",
+    }
+    for flags, complaint in complaints.items():
+        refused(run, tmp_path / "none", *flags)
+        captured = capsys.readouterr()
+        assert complaint in captured.err and captured.err.count("\n") == 1 and "iter 0" not in captured.out
+    assert not (tmp_path / "none").exists()
+
+
+def test_help_lists_every_setting(run, tmp_path):
+    printed = run(tmp_path, "--help")
+    assert all(f"--{name}=" in printed for name in vars(train.Config()))
