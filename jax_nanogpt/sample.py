@@ -1,7 +1,7 @@
 """Continue a text: with what train.py left in --out_dir, or with a GPT-2.
 
-    python sample.py --out_dir=out-shakespeare-char
-    python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_samples=5
+python sample.py --out_dir=out-shakespeare-char
+python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_samples=5
 """
 
 import argparse
@@ -27,7 +27,9 @@ def parse_arguments():
     parser.error = fail
     add = parser.add_argument
     add("--init_from", help="resume (the best checkpoint in --out_dir), gpt2, gpt2-xl, ..., gpt2-nano or a folder")
-    add("--out_dir", help="where train.py wrote; without it and --init_from: gpt2, or gpt2-nano where that is not there")
+    add(
+        "--out_dir", help="where train.py wrote; without it and --init_from: gpt2, or gpt2-nano where that is not there"
+    )
     add("--start", default="\n", help="the prompt, or FILE:path; an empty one starts from <|endoftext|>")
     add("--num_samples", type=int, default=3)
     add("--max_new_tokens", type=int, default=500)

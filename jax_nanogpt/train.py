@@ -280,13 +280,9 @@ def train(config, splits, dataset, devices, model_config, params, start):
             break
         until_stop = min(config.max_iters, (iteration // config.eval_interval + 1) * config.eval_interval) - iteration
         count = min(config.iters_per_call, until_stop)
-        examples = jax.device_put(
-            batches(splits["train"], config, iteration, config.iters_per_call), shared_out[2]
-        )
+        examples = jax.device_put(batches(splits["train"], config, iteration, config.iters_per_call), shared_out[2])
         began = time.perf_counter()
-        params, opt_state, seen = train_iterations(
-            model, optimizer, params, opt_state, examples, iteration, count, key
-        )
+        params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, iteration, count, key)
         loss = float(seen[:count].mean())
         seconds = (time.perf_counter() - began) / count
         iteration += count

@@ -19,9 +19,7 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("schedule", "half_way"), [("cosine", 5.5e-3), ("linear", 5.5e-3), ("constant", 1e-2)]
-)
+@pytest.mark.parametrize(("schedule", "half_way"), [("cosine", 5.5e-3), ("linear", 5.5e-3), ("constant", 1e-2)])
 def test_the_rate_warms_up_and_falls_to_its_floor(schedule, half_way):
     rate = lambda step: 1e-2 * course(replace(CONFIG, schedule=schedule))(step)  # noqa: E731
     assert rate(0) == pytest.approx(1e-2 / 11) and rate(10) == pytest.approx(1e-2)

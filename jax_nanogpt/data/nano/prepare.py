@@ -91,4 +91,6 @@ if __name__ == "__main__":
     }
     write_text(HERE / "heldout.json", json.dumps(about, indent=2) + "\n")
     size = sum(len(topics[name]) for name in held)
-    print(f"held out: {len(unseen):,} characters of Shakespeare, {len(held)} topics with {size:,} of {sum(map(len, topics.values())):,}")
+    print(
+        f"held out: {len(unseen):,} characters of Shakespeare, {len(held)} topics with {size:,} of {sum(map(len, topics.values())):,}"
+    )
