@@ -21,8 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.configurator import configure, fail
 from jax_nanogpt.device import choose_devices, describe
@@ -31,6 +30,8 @@ from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.sampler import Sampling, generate
 from jax_nanogpt.train import Config, train_iterations
 from shared.tokenizer import find_model
+
+HERE = Path(__file__).resolve().parent
 
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 PAIRS = 5

@@ -21,8 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.configurator import configure, fail
@@ -34,6 +33,8 @@ from shared.tokenizer import find_model, load_tokenizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import re
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
@@ -20,8 +19,11 @@ from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jax_nanogpt.checkpoint import Checkpoints
+from jax_nanogpt.configurator import fail
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
 from jax_nanogpt.model import GPTConfig
+from shared.tokenizer import load_tokenizer
 
 FIXED = {  # what model.py has built in: a checkpoint that differs would give other logits, silently
     "model_type": "gpt2",
@@ -73,8 +75,8 @@ def shapes_of(config):
             (("mlp", "c_fc"), C, 4 * C),
             (("mlp", "c_proj"), 4 * C, C),
         ):
-            shapes[f"h_{i}", *module, "kernel"] = (rows, columns)
-            shapes[f"h_{i}", *module, "bias"] = (columns,)
+            shapes[(f"h_{i}", *module, "kernel")] = (rows, columns)
+            shapes[(f"h_{i}", *module, "bias")] = (columns,)
     return shapes | {(*norm, kind): (C,) for norm in norms for kind in ("scale", "bias")}
 
 
@@ -160,3 +162,24 @@ def save(folder, config, params, tokenizer_folder=None, eot=None, dtype="float32
         copy_files(TOKENIZER_FILES, tokenizer_folder, folder)
     write_beside(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
     write_text(folder / "config.json", json.dumps(about, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--out_dir", required=True, help="where train.py wrote; its best checkpoint is taken")
+    parser.add_argument("--to", required=True, help="the folder to write, in Hugging Face's format")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        checkpoints = Checkpoints(args.out_dir)
+        config, params = checkpoints.restore_model(checkpoints.best())
+        eot = load_tokenizer(args.out_dir).eot
+        save(args.to, config, params, args.out_dir, eot, args.dtype)
+    except (ValueError, OSError) as error:
+        fail(error)
+    print(f"{args.to}: iteration {checkpoints.best()}, {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,9 +10,9 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
-from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from jax_nanogpt.configurator import fail

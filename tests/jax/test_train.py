@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from pydoc_data.topics import topics
 
 from jax_nanogpt import train, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints

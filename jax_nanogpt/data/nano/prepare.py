@@ -11,8 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt.data.corpus import (
     SHAKESPEARE_SHA256,
     arguments,
@@ -23,6 +22,8 @@ from jax_nanogpt.data.corpus import (
 )
 from jax_nanogpt.files import write_beside, write_text
 from shared.tokenizer import load_tokenizer
+
+HERE = Path(__file__).resolve().parent
 
 MERGES = 1151  # with 256 bytes and <|endoftext|> a vocabulary of 1,408: a multiple of 128
 SPEECHES = 32  # in a document of Shakespeare: the text has no marks of its own between scenes
@@ -90,7 +91,4 @@ if __name__ == "__main__":
         "pydoc_data.topics": {"python": platform.python_version(), "topics": held},
     }
     write_text(HERE / "heldout.json", json.dumps(about, indent=2) + "\n")
-    size = sum(len(topics[name]) for name in held)
-    print(
-        f"held out: {len(unseen):,} characters of Shakespeare, {len(held)} topics with {size:,} of {sum(map(len, topics.values())):,}"
-    )
+    print(f"held out: Shakespeare's last {len(unseen):,} characters and {len(held)} of {len(topics)} help topics")

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt.configurator import fail
 from jax_nanogpt.data.corpus import keep_tokenizer
 from shared.tokenizer import gpt2_bpe
+
+HERE = Path(__file__).resolve().parent
 
 DOCUMENTS = 8_013_769
 

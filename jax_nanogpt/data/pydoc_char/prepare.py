@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt.data.corpus import pydoc_topics, write_characters
+
+HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()

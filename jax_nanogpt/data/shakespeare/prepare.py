@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt.configurator import fail
 from jax_nanogpt.data.corpus import arguments, keep_tokenizer, shakespeare, write_dataset
 from shared.tokenizer import find_model, gpt2_bpe, load_tokenizer
+
+HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
     parser = arguments(__doc__)

@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt.data.corpus import arguments, shakespeare, write_characters
+
+HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
     given = arguments(__doc__).parse_args().input
