@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,7 +17,7 @@ from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.configurator import fail
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.files import write_beside
-from jax_nanogpt.model import count_params
+from jax_nanogpt.model import GPT, count_params
 from jax_nanogpt.sampler import Sampling, generate
 from shared.sampling import check_sampling
 from shared.tokenizer import Stream, find_model, load_tokenizer
@@ -41,6 +42,7 @@ def parse_arguments():
     add("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first sample")
     add("--ignore_eos", action="store_true", help="go on after <|endoftext|>")
+    add("--verify", action="store_true", help="compare the logits here, in --dtype, with the CPU's in float32; no text")
     return parser.parse_args()
 
 
@@ -54,6 +56,21 @@ def load_model(init_from, out_dir, dtype):
     found = find_model(init_from)
     why = "" if init_from else f"; {found.why}"
     return found.name, why, *weight_loader.load(found.folder, dtype), load_tokenizer(found.folder)
+
+
+def verify(config, params, exact_config, exact_params, prompt):
+    """How far the device's logits for prompt are from the CPU's in float32, as a part of the largest."""
+    tokens = np.array([prompt[-config.block_size :]])
+    logits, _ = jax.jit(GPT(config).apply)({"params": params}, tokens)
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        exact, _ = jax.jit(GPT(exact_config).apply)({"params": jax.device_put(exact_params, cpu)}, tokens)
+    apart = np.abs(np.asarray(logits) - np.asarray(exact)).max() / np.abs(exact).max()
+    rough = config.dtype == "bfloat16" or jax.default_backend() == "tpu"  # whose float32 products are of bfloat16
+    limit = 3e-2 if rough else {"float32": 1e-3, "float16": 1e-2}[config.dtype]
+    verdict = "as expected" if apart <= limit else "NOT as expected"
+    print(f"logits are within {apart:.1e} of the CPU's float32, relative to the largest: {verdict} (up to {limit:g})")
+    sys.exit(int(apart > limit))
 
 
 def main():
@@ -74,6 +91,9 @@ def main():
     print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}")
 
     prompt = prompt or [tokenizer.eot]
+    if args.verify:
+        _, _, exact_config, exact_params, _ = load_model(args.init_from, args.out_dir, "float32")
+        verify(config, params, exact_config, exact_params, prompt)
     end = None if args.ignore_eos else tokenizer.eot
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     pieces = generate(config, params, prompt, args.max_new_tokens, args.num_samples, sampling, args.seed)

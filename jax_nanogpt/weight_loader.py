@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.flax import load_file
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt.checkpoint import Checkpoints
@@ -160,7 +160,7 @@ def save(folder, config, params, tokenizer_folder=None, eot=None, dtype="float32
     }
     if tokenizer_folder:
         copy_files(TOKENIZER_FILES, tokenizer_folder, folder)
-    write_beside(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_beside(folder / "model.safetensors", lambda path: path.write_bytes(serialize(tensors, {"format": "pt"})))
     write_text(folder / "config.json", json.dumps(about, indent=2) + "\n")
 
 

@@ -1,0 +1,112 @@
+"""The datasets: what is written, what is downloaded and checked, what a machine without a network is told."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_nanogpt.data import corpus
+from shared.tokenizer import load_tokenizer
+
+DATA = Path(corpus.__file__).parent
+TEXT = "First Citizen:\nWe are accounted poor citizens, the patricians good; ünïcödé.\n\n" * 200
+
+
+def prepare(name, tmp_path, *flags, folder=None):
+    """data/NAME/prepare.py, in a copy of the project's layout, so that nothing is written into this checkout."""
+    root = tmp_path / "root"
+    target = root / "jax_nanogpt" / "data" / name
+    target.mkdir(parents=True)
+    (target / "prepare.py").write_text((DATA / name / "prepare.py").read_text())
+    for module in ("data/corpus.py", "configurator.py", "files.py"):
+        (root / "jax_nanogpt" / module).write_text((DATA.parent / module).read_text())
+    for shared in ("shared", "checkpoints"):
+        (root / shared).symlink_to(DATA.parents[1] / shared)
+    command = [sys.executable, target / "prepare.py", *map(str, flags)]
+    return target, subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def splits_of(folder):
+    tokenizer = load_tokenizer(folder)
+    return [tokenizer.decode(np.fromfile(folder / f"{split}.bin", np.uint16).tolist()) for split in ("train", "val")]
+
+
+@pytest.fixture
+def local_copy(tmp_path):
+    path = tmp_path / "copy.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("name", "flags"), [("shakespeare_char", ()), ("shakespeare", ("--model", "gpt2-nano"))])
+def test_a_local_copy_becomes_bins_that_decode_to_it(name, flags, local_copy, tmp_path):
+    folder, result = prepare(name, tmp_path, "--input", local_copy, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "is not tiny Shakespeare as published" in result.stdout
+    train, val = splits_of(folder)
+    assert train + val == TEXT and len(train) == int(0.9 * len(TEXT))
+    assert not [path for path in folder.iterdir() if path.suffix in (".pkl", ".part")]
+
+
+def test_pythons_own_text_needs_nothing_and_repeats_little(tmp_path):
+    folder, result = prepare("pydoc_char", tmp_path)
+    assert result.returncode == 0, result.stderr
+    train, val = splits_of(folder)
+    assert len(train) > 200_000 and abs(len(val) / (len(train) + len(val)) - 0.1) < 0.001
+    seen = corpus.shingles(train)
+    assert len(seen) > 0.85 * len(train)
+
+
+def test_nanos_data_holds_out_what_heldout_json_names(local_copy, tmp_path):
+    folder, result = prepare("nano", tmp_path, "--input", local_copy)
+    assert result.returncode == 0, result.stderr
+    topics, held = corpus.pydoc_topics(), json.loads((folder / "heldout.json").read_text())
+    names = held["pydoc_data.topics"]["topics"]
+    train, val = splits_of(folder)
+    assert val == "<|endoftext|>".join([TEXT[held["shakespeare"]["from_character"] :], *(topics[n] for n in names), ""])
+    rest = set().union(*(corpus.shingles(text) for name, text in topics.items() if name not in names))
+    for name in names:
+        parts = corpus.shingles(topics[name])
+        assert len(parts & rest) < 0.02 * len(parts)
+        assert topics[name] not in train
+    assert 0.05 < sum(len(topics[n]) for n in names) / sum(map(len, topics.values())) <= 0.1
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "nano"])
+def test_without_a_network_one_line_says_both_ways_on(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    folder, result = prepare(name, tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "--input FILE" in result.stderr and "data/pydoc_char/prepare.py" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["prepare.py"]
+
+
+def test_a_missing_local_copy_is_one_line(tmp_path):
+    _, result = prepare("shakespeare_char", tmp_path, "--input", tmp_path / "nowhere")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--input is" in result.stderr
+
+
+def test_a_download_is_tried_again_and_checked(monkeypatch, capsys):
+    good, answers = b"the text", []
+
+    def urlopen(url, timeout):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(corpus.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(corpus.time, "sleep", lambda seconds: None)
+    sha256 = hashlib.sha256(good).hexdigest()
+    answers[:] = [urllib.error.URLError("down"), b"half of the te", good]
+    assert corpus.download("https://example.org", sha256) == good
+    answers[:] = [b"forged"] * 3
+    with pytest.raises(SystemExit):
+        corpus.download("https://example.org", sha256)
+    assert "its SHA-256 is not the expected one" in capsys.readouterr().err
