@@ -47,11 +47,11 @@ class Checkpoints:
         if not writable and not self.manager.all_steps():
             raise ValueError(f"out_dir is {out_dir}, which holds no complete checkpoint")
 
-    def save(self, step, params, opt_state, config, val_loss):
+    def save(self, step, params, opt_state, about, val_loss):
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             opt_state=ocp.args.StandardSave(opt_state),
-            about=ocp.args.JsonSave({"model": vars(config)}),
+            about=ocp.args.JsonSave(about),
         )
         self.manager.save(step, args=items, metrics={"val_loss": val_loss})
 
@@ -61,12 +61,14 @@ class Checkpoints:
     def best(self):
         return self.manager.best_step()
 
+    def about(self, step):
+        return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
     def restore_model(self, step, dtype="float32"):
-        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         here = SingleDeviceSharding(jax.devices()[0])  # where the machine has other devices than the one that saved
         items = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=here))
         params = self.manager.restore(step, args=items)["params"]
-        config = GPTConfig(**{**about["model"], "dtype": dtype})
+        config = GPTConfig(**{**self.about(step)["model"], "dtype": dtype})
         return config, jax.tree.map(lambda p: jnp.asarray(np.asarray(p), dtype), params)
 
     def restore_opt_state(self, step, like):

@@ -57,4 +57,4 @@ def make_optimizer(config):
         optax.scale_by_learning_rate(lambda step: c.muon_lr * fraction(step)),
     )
     rule = adamw if c.optimizer == "adamw" else optax.partition({"adamw": adamw, "muon": muon}, labels)
-    return optax.chain(optax.clip_by_global_norm(c.grad_clip), rule) if c.grad_clip else rule
+    return optax.chain(optax.clip_by_global_norm(c.grad_clip) if c.grad_clip else optax.identity(), rule)

@@ -6,6 +6,7 @@ python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_sa
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -49,7 +50,8 @@ def parse_arguments():
 def load_model(init_from, out_dir, dtype):
     """(what to call it, why it was taken, GPTConfig, params, tokenizer)"""
     if init_from == "resume" or init_from is None and out_dir:
-        checkpoints = Checkpoints(out_dir or "out")
+        out_dir = out_dir or "out"
+        checkpoints = Checkpoints(out_dir)
         step = checkpoints.best()
         config, params = checkpoints.restore_model(step, dtype)
         return f"{out_dir} at iteration {step}", "", config, params, load_tokenizer(out_dir)
@@ -73,6 +75,11 @@ def verify(config, params, exact_config, exact_params, prompt):
     sys.exit(int(apart > limit))
 
 
+def save(arrays, path):
+    with path.open("wb") as file:  # by its name, NumPy would add .npz
+        np.savez(file, **arrays)
+
+
 def main():
     args = parse_arguments()
     try:
@@ -80,6 +87,8 @@ def main():
         for name in ("num_samples", "max_new_tokens"):
             if getattr(args, name) < 1:
                 raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
+        if args.dump and not args.dump.parent.is_dir():
+            raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
         devices = choose_devices(args.device)
         start = Path(args.start[5:]).read_text(encoding="utf-8") if args.start.startswith("FILE:") else args.start
         name, why, config, params, tokenizer = load_model(args.init_from, args.out_dir, args.dtype)
@@ -113,8 +122,8 @@ def main():
         print("-" * 15)
         print(start + tokenizer.decode(token for token in sample if token != end))
     if args.dump:
-        save = {"prompt_ids": np.array(prompt), "tokens": np.array(samples[0]), "logits": np.array(rows)}
-        write_beside(args.dump, lambda path: np.savez(path.open("wb"), **save))
+        dump = {"prompt_ids": np.array(prompt), "tokens": np.array(samples[0]), "logits": np.array(rows)}
+        write_beside(args.dump, partial(save, dump))
 
 
 if __name__ == "__main__":

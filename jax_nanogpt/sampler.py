@@ -76,8 +76,8 @@ def slide(config, params, sampling, window, position, key, count):
         tokens = choose(logits[:, 0], sampling, keys_at(key, len(window), position))
         return jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1), (tokens, logits[:, 0])
 
-    window, made = lax.scan(step, window, position + jnp.arange(count))
-    return window, *made
+    _, made = lax.scan(step, window, position + jnp.arange(count))
+    return made
 
 
 def generate(config, params, prompt, new_tokens, samples=1, sampling=None, seed=0):
@@ -86,19 +86,17 @@ def generate(config, params, prompt, new_tokens, samples=1, sampling=None, seed=
     sampling, key = sampling or Sampling(), jax.random.key(seed)
     block, position, end = config.block_size, len(prompt), len(prompt) + new_tokens
     text = np.tile(np.asarray(prompt, np.int32), (samples, 1))
-    window = None
     if position < block:
         slots = min(block, -(-end // 64) * 64)
         padded = np.resize(text[:1], (1, min(slots, max(16, 1 << (position - 1).bit_length()))))  # few shapes
         logits, cache = prefill(config, params, padded, position, slots, samples)
     while position < end:
+        count = min(CHUNK, end - position)
         if position < block:
-            count = min(CHUNK, end - position, block - position)
+            count = min(count, block - position)
             logits, cache, tokens, seen = decode(config, params, sampling, logits, cache, position, key, count)
         else:
-            count = min(CHUNK, end - position)
-            window = text[:, -block:] if window is None else window
-            window, tokens, seen = slide(config, params, sampling, window, position, key, count)
+            tokens, seen = slide(config, params, sampling, text[:, -block:], position, key, count)
         text = np.concatenate([text, np.asarray(tokens).T], axis=1)
         position += count
         yield text[:, -count:], np.asarray(seen).swapaxes(0, 1)

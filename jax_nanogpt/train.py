@@ -226,8 +226,10 @@ def first_model(config, dataset):
         return model_config, init_params(model_config, jax.random.key(config.seed)), 0
     if config.init_from == "resume":
         checkpoints = Checkpoints(config.out_dir)
-        model_config, params = checkpoints.restore_model(checkpoints.last())
         folder, iteration = Path(config.out_dir), checkpoints.last()
+        model_config, params = checkpoints.restore_model(iteration)
+        if (theirs := checkpoints.about(iteration)["optimizer"]) != config.optimizer:
+            raise ValueError(f"optimizer is {config.optimizer}, but {folder} was trained with {theirs}")
     else:
         folder, iteration = find_model(config.init_from).folder, 0
         model_config, params = weight_loader.load(folder)
@@ -268,19 +270,20 @@ def train(config, splits, dataset, devices, model_config, params, start):
     copy_files((*TOKENIZER_FILES, "config.json"), dataset, out_dir)
     metrics = Metrics(out_dir, start)
     bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1)
+    about = {"model": vars(model_config), "optimizer": config.optimizer}
     iteration = start
     while True:
-        if iteration % config.eval_interval == 0 or iteration >= config.max_iters:
-            if iteration > start or not start:
-                report(iteration, now := losses_now())
-                metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
-                metrics.draw()
+        done = iteration >= config.max_iters
+        if (iteration % config.eval_interval == 0 or done) and (iteration > start or not start):
+            report(iteration, now := losses_now())
+            metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
+            metrics.draw()
             if iteration > start:
-                checkpoints.save(iteration, params, opt_state, model_config, now["val"])
-        if iteration >= config.max_iters:
+                checkpoints.save(iteration, params, opt_state, about, now["val"])
+        if done:
             break
-        until_stop = min(config.max_iters, (iteration // config.eval_interval + 1) * config.eval_interval) - iteration
-        count = min(config.iters_per_call, until_stop)
+        stop = min(config.max_iters, (iteration // config.eval_interval + 1) * config.eval_interval)
+        count = min(config.iters_per_call, stop - iteration)
         examples = jax.device_put(batches(splits["train"], config, iteration, config.iters_per_call), shared_out[2])
         began = time.perf_counter()
         params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, iteration, count, key)
@@ -289,9 +292,8 @@ def train(config, splits, dataset, devices, model_config, params, start):
         iteration += count
         metrics.add(iter=iteration, loss=loss, s_per_iter=round(seconds, 6))
         bar.update(count)
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, {tokens_per_iteration / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s"
-        )
+        rates = f"{tokens_per_iteration / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s"
+        bar.set_postfix_str(f"loss {loss:.3f}, {rates}")
     bar.close()
 
 
@@ -313,7 +315,11 @@ def main():
         splits = {split: open_split(dataset, split, config.block_size) for split in ("train", "val")}
     except ValueError as error:
         fail(error)
-    train(config, splits, dataset, devices, model_config, params, start)
+    try:
+        train(config, splits, dataset, devices, model_config, params, start)
+    except KeyboardInterrupt:
+        print("stopped; --init_from=resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

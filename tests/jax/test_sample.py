@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from jax_nanogpt import bench_peer, weight_loader
+from jax_nanogpt import bench, bench_peer, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.model import GPT, GPTConfig, init_params
 from shared.tokenizer import Characters, find_model, load_tokenizer
 
 PROJECT = Path(weight_loader.__file__).parent
-CHARS = "\n !ROMEOabcdefghijklmnopqrstuvwxyz"
+CHARS = "\n !EMORabcdefghijklmnopqrstuvwxyz"
 
 
 def run(*flags, script="sample.py", cwd=PROJECT):
@@ -34,7 +34,9 @@ def out_dir(tmp_path_factory):
     config = GPTConfig(block_size=32, vocab_size=len(CHARS), n_layer=2, n_head=2, n_embd=32, bias=False, dropout=0.5)
     checkpoints = Checkpoints(folder, writable=True)
     for step, loss in (10, 1.0), (20, 2.0):
-        checkpoints.save(step, init_params(config, jax.random.key(step)), {"count": np.zeros(1)}, config, loss)
+        checkpoints.save(
+            step, init_params(config, jax.random.key(step)), {"count": np.zeros(1)}, {"model": vars(config)}, loss
+        )
     return folder
 
 
@@ -90,12 +92,11 @@ def test_end_of_text_ends_a_sample_unless_ignored(tmp_path):
     params["ln_f"]["bias"] += 1
     params["wte"] = params["wte"].at[tokenizer.eot].set(1)
     weight_loader.save(tmp_path, config, params, source, tokenizer.eot)
-    for flags, expected in ([], 1), (["--ignore_eos"], 40):
-        result = run(
-            f"--init_from={tmp_path}", "--max_new_tokens=40", "--num_samples=2", f"--dump={tmp_path / 'd.npz'}", *flags
-        )
-        assert result.stdout.split("\n", 1)[1] == "\n\n" + "-" * 15 + "\n\n\n"
-        assert np.load(tmp_path / "d.npz")["tokens"].tolist() == [tokenizer.eot] * expected
+    flags = (f"--init_from={tmp_path}", "--max_new_tokens=40", "--num_samples=2", f"--dump={tmp_path / 'd.npz'}")
+    for more, count, text in ([], 1, ""), (["--ignore_eos"], 40, "<|endoftext|>" * 40):
+        printed = run(*flags, *more).stdout.split("\n", 1)[1]
+        assert printed == f"\n{text}\n" + "-" * 15 + f"\n\n{text}\n"
+        assert np.load(tmp_path / "d.npz")["tokens"].tolist() == [tokenizer.eot] * count
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -118,6 +119,7 @@ def test_lower_precision_samples_too(dtype, out_dir):
         (["--start=FILE:nowhere"], "nowhere"),
         (["--dtype=int8"], "--dtype"),
         (["--device=gpu"], "device is gpu, but JAX finds only: cpu"),
+        (["--dump=nowhere/d.npz"], "dump is nowhere/d.npz, a file in a folder that exists is expected"),
         (["--bogus"], "unrecognized arguments: --bogus"),
     ],
 )
@@ -127,10 +129,10 @@ def test_a_mistake_is_one_line_and_status_2(flags, complaint):
     assert complaint in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_a_character_the_model_does_not_know_is_named(out_dir):
-    result = run(f"--out_dir={out_dir}", "--start=ROMEO: 7")
-    assert result.returncode == 2 and "'7'" in result.stderr or "':'" in result.stderr
-    assert run(f"--out_dir={out_dir}", "--start=").returncode == 2
+def test_a_prompt_that_the_model_cannot_read_is_refused(out_dir):
+    unknown, empty = (run(f"--out_dir={out_dir}", f"--start={start}") for start in ("ROMEO 7", ""))
+    assert (unknown.returncode, empty.returncode) == (2, 2)
+    assert "'7' is not one of the" in unknown.stderr and "start is empty" in empty.stderr
 
 
 def test_an_export_from_out_dir_loads_and_is_the_best_checkpoint(out_dir, tmp_path):
@@ -144,7 +146,8 @@ def test_an_export_from_out_dir_loads_and_is_the_best_checkpoint(out_dir, tmp_pa
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_benchs_peer_is_the_same_model(bias):
     config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=bias)
-    params = jax.tree.map(lambda p: p + 0.1, init_params(config, jax.random.key(0)))
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
     tokens = np.arange(16)[None]
     ours, _ = GPT(config).apply({"params": params}, tokens)
     with torch.no_grad():
@@ -152,12 +155,13 @@ def test_the_benchs_peer_is_the_same_model(bias):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_bench_prints_one_json_document_last(tmp_path):
+def test_bench_prints_one_json_document_last(tmp_path, monkeypatch, capsys):
     config = GPTConfig(block_size=32, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
     weight_loader.save(tmp_path, config, init_params(config, jax.random.key(0)))
-    result = run(f"--model={tmp_path}", "--new-tokens=8", script="bench.py")
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout.splitlines()[-1])
+    monkeypatch.setattr(sys, "argv", ["bench.py", f"--model={tmp_path}", "--new-tokens=8"])
+    monkeypatch.setattr(bench, "PAIRS", 1)
+    bench.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["project"] == "jax_nanogpt"
     rows = {row["work"]: row for row in document["results"]}
     assert rows.keys() >= {"train", "sample", "sample_batch10", "sample_past_edge", "prefill", "decode"}

@@ -65,9 +65,9 @@ def same(one, other):
     return one[0] == other[0] and all(map(np.array_equal, one[1], other[1]))
 
 
-def losses_of(out_dir):
+def losses_of(out_dir, kind="val_loss"):
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    return {row["iter"]: row["val_loss"] for row in rows if "val_loss" in row}
+    return {row["iter"]: row[kind] for row in rows if kind in row}
 
 
 @pytest.mark.parametrize("flags", [["--optimizer=adamw"], ["--optimizer=muon", "--muon_weight_decay=0.1"]])
@@ -169,7 +169,7 @@ def test_evaluation_is_the_mean_over_every_window_once(tokens):
     params = init_params(model.config, jax.random.key(0))
     data = np.random.default_rng(0).integers(50, size=tokens).astype(np.uint16)
     windows = [data[i : i + 17] for i in range(0, tokens - 16, 16)]
-    expected = np.mean(train.losses(model, params, np.array(windows, np.int32)))
+    expected = float(train.losses(model, params, np.array(windows, np.int32)).mean())
     assert train.evaluate(model, params, data, config, jnp.asarray) == pytest.approx(expected, rel=1e-6)
 
 
@@ -196,9 +196,9 @@ def test_fine_tuning_starts_from_a_checkpoint_and_crops_it(run, dataset, tmp_pat
     run(tmp_path / "first", "--max_iters=40", "--block_size=24")
     config, params = Checkpoints(tmp_path / "first").restore_model(40)
     weight_loader.save(tmp_path / "exported", config, params, tokenizer_folder=dataset)
-    printed = run(tmp_path / "tuned", f"--init_from={tmp_path / 'exported'}", "--max_iters=20", "--schedule=constant")
-    losses = losses_of(tmp_path / "tuned")
-    assert losses[0] < losses_of(tmp_path / "first")[0] - 0.8 and losses[20] < losses[0], printed
+    run(tmp_path / "tuned", f"--init_from={tmp_path / 'exported'}", "--max_iters=20", "--schedule=constant")
+    fresh, tuned = (losses_of(tmp_path / name, "train_loss") for name in ("first", "tuned"))
+    assert tuned[0] < fresh[0] - 0.8 and tuned[20] < tuned[0]
     assert Checkpoints(tmp_path / "tuned").restore_model(20)[0].block_size == 16
 
 
@@ -214,6 +214,7 @@ def test_mistakes_end_in_one_line_and_status_2(run, dataset, tmp_path, capsys):
         ("--device=tpu",): "device is tpu, but JAX finds only: cpu",
         ("--max_iter=3",): "max_iter is no setting; near are: max_iters",
         (f"--dataset={tmp_path}", "--init_from=resume", f"--out_dir={tmp_path / 'first'}"): "whose tokens are not",
+        ("--optimizer=muon", "--init_from=resume", f"--out_dir={tmp_path / 'first'}"): "was trained with adamw",
     }
     for flags, complaint in complaints.items():
         refused(run, tmp_path / "none", *flags)
