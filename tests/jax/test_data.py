@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import runpy
 import subprocess
 import sys
 import urllib.error
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from jax_nanogpt.data import corpus
-from shared.tokenizer import load_tokenizer
+from jax_nanogpt.data.openwebtext import prepare as openwebtext
+from shared.tokenizer import find_model, load_tokenizer
 
 DATA = Path(corpus.__file__).parent
 TEXT = "First Citizen:\nWe are accounted poor citizens, the patricians good; ünïcödé.\n\n" * 200
@@ -26,8 +28,7 @@ def prepare(name, tmp_path, *flags, folder=None):
     (target / "prepare.py").write_text((DATA / name / "prepare.py").read_text())
     for module in ("data/corpus.py", "configurator.py", "files.py"):
         (root / "jax_nanogpt" / module).write_text((DATA.parent / module).read_text())
-    for shared in ("shared", "checkpoints"):
-        (root / shared).symlink_to(DATA.parents[1] / shared)
+    (root / "shared").symlink_to(DATA.parents[1] / "shared")
     command = [sys.executable, target / "prepare.py", *map(str, flags)]
     return target, subprocess.run(command, capture_output=True, text=True, timeout=120)
 
@@ -110,3 +111,24 @@ def test_a_download_is_tried_again_and_checked(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         corpus.download("https://example.org", sha256)
     assert "its SHA-256 is not the expected one" in capsys.readouterr().err
+
+
+def test_openwebtext_is_written_text_by_text(tmp_path):
+    tokenizer = load_tokenizer(find_model("gpt2-nano").folder)
+    openwebtext.write(({"text": f"text {number}"} for number in range(4001)), tokenizer, tmp_path)
+    train, val = (
+        tokenizer.decode(np.fromfile(tmp_path / f"{split}.bin", np.uint16).tolist()).split("<|endoftext|>")
+        for split in ("train", "val")
+    )
+    assert val == ["text 1999", "text 3999", ""]
+    assert train == [f"text {number}" for number in range(4001) if number not in (1999, 3999)] + [""]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_openwebtext_without_datasets_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(openwebtext.__file__, run_name="__main__")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "the package datasets is missing: pip install datasets\n"
