@@ -15,6 +15,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,6 +49,10 @@ def bandwidth():
     halves = np.split(np.ones(2**26, np.float32), 2)
     with ThreadPoolExecutor(2) as pool:
         return 2**28 / min(seconds(lambda: list(pool.map(np.sum, halves))) for _ in range(10))
+
+
+def make_text(*args, **settings):
+    return list(generate(*args, **settings))
 
 
 class Report:
@@ -99,13 +104,13 @@ def bench_shakespeare(report):
     exact = GPTConfig(vocab_size=65, **shape)
     count, batch = settings.iters_per_call, settings.batch_size
     examples = np.random.default_rng(0).integers(65, size=(count, 1, batch, exact.block_size + 1)).astype(np.int32)
-    torch = find_spec("torch")
-    if torch:
+    has_torch = find_spec("torch") is not None
+    if has_torch:
         from jax_nanogpt import bench_peer
 
     for config, work in (exact, "train"), (replace(exact, dtype="bfloat16"), "train_bfloat16"):
         model, optimizer, params = GPT(config), make_optimizer(settings), init_params(config, jax.random.key(0))
-        peer = torch and bench_peer.trainer(config, params, examples)
+        peer = bench_peer.trainer(config, params, examples) if has_torch else None
         state = [params, optimizer.init(params)]
 
         def train(model=model, optimizer=optimizer, state=state):
@@ -120,8 +125,8 @@ def bench_shakespeare(report):
     params, edge = init_params(exact, jax.random.key(0)), exact.block_size
     works = ("sample", 1, 1, edge - 1), ("sample_batch10", 10, 1, edge - 1), ("sample_past_edge", 1, edge, 64)
     for work, samples, prompt, new in works:
-        peer = torch and bench_peer.sampler(exact, params, [0] * prompt, new)
-        ours = lambda n=samples, prompt=prompt, new=new: list(generate(exact, params, [0] * prompt, new, n))  # noqa: E731
+        peer = bench_peer.sampler(exact, params, [0] * prompt, new) if has_torch else None
+        ours = partial(make_text, exact, params, [0] * prompt, new, samples)
         report.add(work, "shakespeare", exact, samples, prompt, new, ours, peer, "torch, no cache", peer_batch=1)
 
 
@@ -139,21 +144,22 @@ def bench_gpt2(report, name, folder, new):
     weights = 4 * sum(p.size for p in jax.tree.leaves(params)) - 4 * params["wpe"].size
     slot = 2 * 4 * config.n_layer * config.n_embd  # a position's keys and values
 
+    def ours(ids, count):
+        return make_text(config, params, ids, count, sampling=Sampling(temperature=0))
+
+    def peer(ids, count):
+        given = torch.tensor([ids])
+        length = {"max_new_tokens": count, "min_new_tokens": count}
+        return reference.generate(given, attention_mask=torch.ones_like(given), do_sample=False, **length)
+
     for work, ids, count in ("prefill", prompt, 1), ("decode", prompt[:16], min(new, config.block_size - 16)):
-
-        def ours(ids=ids, count=count):
-            return list(generate(config, params, ids, count, sampling=Sampling(temperature=0)))
-
-        def peer(ids=ids, count=count):
-            with torch.no_grad():
-                given = torch.tensor([ids])
-                mask = torch.ones_like(given)
-                reference.generate(
-                    given, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False
-                )
-
-        read = 0 if count == 1 else weights + slot * (len(ids) + count / 2)
-        report.add(work, name, config, 1, len(ids), count, ours, peer if reference else None, "transformers", read=read)
+        calls = partial(ours, ids, count), partial(peer, ids, count) if reference else None
+        read = weights + slot * (len(ids) + count / 2) if count > 1 else 0
+        report.add(work, name, config, 1, len(ids), count, *calls, "transformers", read=read)
+    ours(ids, 1)
+    report.results[-1]["ttft_ms"] = round(
+        1e3 * statistics.median(seconds(partial(ours, ids, 1)) for _ in range(PAIRS)), 2
+    )
 
 
 def write_random(name, folder):
