@@ -11,6 +11,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.configurator import fail
-from jax_nanogpt.data.corpus import arguments, pydoc_topics, shakespeare
+from jax_nanogpt.data.corpus import arguments, shakespeare
 from jax_nanogpt.model import GPT
 from jax_nanogpt.train import losses
 from shared.tokenizer import find_model, load_tokenizer
@@ -53,7 +54,6 @@ def main():
         held = json.loads((find_model("gpt2-nano").folder / "heldout.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         fail(error)
-    topics = pydoc_topics()
     texts = {"Python's help": [topics[name] for name in held["pydoc_data.topics"]["topics"] if name in topics]}
     if args.input or (HERE / "input.txt").exists():
         play = shakespeare(args.input, HERE)

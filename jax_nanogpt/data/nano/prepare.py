@@ -5,7 +5,7 @@ eight times, four times as the tokenizer cuts it, and four times with one merge 
 words come in many spellings (BPE dropout, arXiv 1910.13267). Which of the two it is reading, a model soon sees.
 
 Held out, in val.bin: Shakespeare's last tenth, and help topics that share under 2 % of their 60-character shingles
-with the others. heldout.json names them, so that any machine can rebuild the text from its own Python.
+with all others. heldout.json names them, so that any machine can rebuild the text from its own Python.
 """
 
 import json
@@ -14,6 +14,7 @@ import random
 import sys
 from itertools import pairwise
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -38,16 +39,26 @@ SKIPPED = 0.15  # of the merges, in the second kind
 END = "<|endoftext|>"
 
 
-def hold_out(topics):
-    """Names of topics that hardly share text with the rest: about a tenth of it, spread over the alphabet."""
+def is_apart(name, parts, others):
+    """Whether a topic shares under 2 % of its shingles with the other topics."""
+    rest = set().union(*(parts[other] for other in others if other != name))
+    return len(parts[name] & rest) < 0.02 * len(parts[name])
+
+
+def hold_out(unique):
+    """Names of topics to leave out, about a tenth of the text; and those of them that are fit for a test.
+
+    unique are the topics to train on otherwise. One that is fit also has nothing in common with the repeats, which
+    nobody trains on, but which a reader who looks at all of Python's topics would find.
+    """
     parts = {name: shingles(text) for name, text in topics.items()}
-    names, total, size = [], sum(map(len, topics.values())), 0
-    for name in topics:
-        others = set().union(*(parts[other] for other in topics if other != name))
-        if len(parts[name] & others) < 0.02 * len(parts[name]) and size + len(topics[name]) <= total / 10:
-            names.append(name)
-            size += len(topics[name])
-    return names
+    held, size = [], 0
+    for name in unique:
+        if is_apart(name, parts, unique) and size + len(unique[name]) <= sum(map(len, unique.values())) / 10:
+            held.append(name)
+            size += len(unique[name])
+    others = topics.keys() - held
+    return held, [name for name in held if is_apart(name, parts, others)]
 
 
 def train_tokenizer(texts):
@@ -95,11 +106,11 @@ def cut_at_random(text, ranks, draw):
 if __name__ == "__main__":
     play = shakespeare(arguments(__doc__).parse_args().input, HERE)
     seen, unseen = play[: int(0.9 * len(play))], play[int(0.9 * len(play)) :]
-    topics = pydoc_topics()
-    held = hold_out(topics)
+    unique = pydoc_topics()
+    held, tested = hold_out(unique)
     speeches = seen.split("\n\n")
     documents = ["\n\n".join(speeches[i : i + SPEECHES]) for i in range(0, len(speeches), SPEECHES)]
-    documents += [text for name, text in topics.items() if name not in held]
+    documents += [text for name, text in unique.items() if name not in held]
 
     write_tokenizer(HERE, train_tokenizer(documents), context=256)
     tokenizer = load_tokenizer(HERE)
@@ -111,13 +122,13 @@ if __name__ == "__main__":
             train += [*tokenizer.encode(text), tokenizer.eot]
         for text in documents:
             train += [*cut_at_random(text, ranks, draw), tokenizer.eot]
-    tests = [unseen, *(topics[name] for name in held)]
+    tests = [unseen, *(unique[name] for name in tested)]
     val = [token for text in tests for token in [*tokenizer.encode(text), tokenizer.eot]]
     splits = {"train": train, "val": val}
     write_dataset(HERE, splits, tokenizer)
     about = {
         "shakespeare": {"sha256": SHAKESPEARE_SHA256, "from_character": len(seen), "characters": len(unseen)},
-        "pydoc_data.topics": {"python": platform.python_version(), "topics": held},
+        "pydoc_data.topics": {"python": platform.python_version(), "topics": tested},
     }
     write_text(HERE / "heldout.json", json.dumps(about, indent=2) + "\n")
-    print(f"held out: Shakespeare's last {len(unseen):,} characters and {len(held)} of {len(topics)} help topics")
+    print(f"held out: Shakespeare's last {len(unseen):,} characters and {len(tested)} of {len(topics)} help topics")
