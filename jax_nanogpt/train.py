@@ -6,6 +6,7 @@ Settings: the defaults below, then the config files, then the flags. --help list
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -90,6 +91,8 @@ class Config:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, one of {', '.join(choices)} is expected")
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type is float and not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}, a finite number is expected")
             may_be_zero = field.type is float or field.name in ("seed", "warmup_iters", "max_iters")
             if field.type in (int, float) and (value < 0 or value == 0 and not may_be_zero):
                 limit = "0 or more" if may_be_zero else "1 or more"

@@ -93,6 +93,7 @@ def test_the_config_files_hold_known_settings_within_limits(path):
         ("--batch_size=0", "batch_size is 0, 1 or more is expected"),
         ("--dropout=-0.1", "dropout is -0.1, 0 or more is expected"),
         ("--dropout=1.0", "dropout is 1.0, below 1 is expected"),
+        ("--min_lr=1e999", "min_lr is inf, a finite number is expected"),
         ("--learning_rate=0", "learning_rate is 0.0, above 0 is expected"),
         ("--n_head=5", "n_embd is 768, a multiple of n_head (5) is expected"),
     ],

@@ -46,7 +46,11 @@ def local_copy(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(("name", "flags"), [("shakespeare_char", ()), ("shakespeare", ("--model", "gpt2-nano"))])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("shakespeare_char", ()), ("shakespeare", ("--model", "gpt2-nano")), ("shakespeare", ())],
+    ids=["characters", "nano's tokens", "GPT-2's tokens"],
+)
 def test_a_local_copy_becomes_bins_that_decode_to_it(name, flags, local_copy, tmp_path):
     folder, result = prepare(name, tmp_path, "--input", local_copy, *flags)
     assert result.returncode == 0, result.stderr
