@@ -5,6 +5,7 @@ python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_sa
 """
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -127,4 +128,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

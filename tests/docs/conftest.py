@@ -1,5 +1,6 @@
 """pytest tests/docs --readme README.md [--readme OTHER.md] [--slow]: one test a block, README.md:42."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -48,5 +49,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if left:
         terminalreporter.section("files that README blocks left behind")
     for (path, line), files in left.items():
-        more = f" and {len(files) - 10} more" if len(files) > 10 else ""
-        terminalreporter.line(f"{_name(config, path)}:{line}: {', '.join(files[:10])}{more}")
+        folders = Counter(Path(file).parts[0] + "/" * ("/" in file) for file in files)
+        counts = (f"{name} ({count} files)" if name.endswith("/") else name for name, count in folders.items())
+        terminalreporter.line(f"{_name(config, path)}:{line}: {', '.join(counts)}")

@@ -287,7 +287,12 @@ def run_pytest(tmp_path, markdown, *arguments):
 
 
 def test_each_block_has_its_line_for_an_id_and_names_what_it_left(tmp_path):
-    markdown = bash("echo > kept; rm README.bak") + bash("false") + "<!-- Needs: minutes -->\n" + bash("touch slow")
+    markdown = (
+        bash("echo > kept; rm README.bak; mkdir -p out/a; touch out/a/b out/c")
+        + bash("false")
+        + "<!-- Needs: minutes -->\n"
+        + bash("touch slow")
+    )
     (tmp_path / "README.bak").touch()
     readme_option = f"--readme={tmp_path}/README.md"
     result = run_pytest(tmp_path, markdown, readme_option)
@@ -295,7 +300,7 @@ def test_each_block_has_its_line_for_an_id_and_names_what_it_left(tmp_path):
     assert "test_block[README.md:1] PASSED" in result.stdout
     assert "test_block[README.md:4] FAILED" in result.stdout
     assert "test_block[README.md:8] SKIPPED (needs minutes: run with --slow)" in result.stdout
-    assert "README.md:1: README.bak, kept\n" in result.stdout
+    assert "README.md:1: README.bak, kept, out/ (2 files)\n" in result.stdout
     assert not (tmp_path / "slow").exists()
     (tmp_path / "README.bak").touch()
     assert run_pytest(tmp_path, markdown, readme_option, "--slow", "-k", "README.md:8").returncode == 0

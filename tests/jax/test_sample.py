@@ -60,6 +60,12 @@ def test_without_arguments_it_samples_the_default_model():
         assert first.endswith("gpt2 is not in the local cache and HF_HUB_OFFLINE is set")
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} sample.py --init_from=gpt2-nano --num_samples=2 --max_new_tokens=100 | head -n 1"
+    result = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert result.stdout.startswith("gpt2-nano") and result.stderr == ""
+
+
 def test_the_dump_holds_what_was_printed(tmp_path):
     dump = tmp_path / "d.npz"
     flags = ("--init_from=gpt2-nano", "--temperature=0", "--max_new_tokens=40", "--ignore_eos", f"--dump={dump}")
