@@ -58,6 +58,7 @@ def make_text(*args, **settings):
 class Report:
     def __init__(self, device):
         self.device, self.bandwidth, self.results = device, bandwidth(), []
+        self.on_cpu = device.platform == "cpu"  # elsewhere the peers, and this memory, would be of another machine
         print(f"{describe([device])}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
 
     def add(self, work, model, config, batch, prompt, new, ours, peer, peer_name, peer_batch=None, read=0):
@@ -81,7 +82,7 @@ class Report:
             "tokens_per_s": round(batch * size / took, 1),
             "peer": None,
             "ratio": None,
-            "mbu": round(read * size / took / self.bandwidth, 3) if read else None,
+            "mbu": round(read * size / took / self.bandwidth, 3) if read and self.on_cpu else None,
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
         line = f"{work:16} {model:12} {config.dtype:8} batch {batch:2} {batch * size / took:10,.0f} tokens/s"
@@ -104,7 +105,7 @@ def bench_shakespeare(report):
     exact = GPTConfig(vocab_size=65, **shape)
     count, batch = settings.iters_per_call, settings.batch_size
     examples = np.random.default_rng(0).integers(65, size=(count, 1, batch, exact.block_size + 1)).astype(np.int32)
-    has_torch = find_spec("torch") is not None
+    has_torch = report.on_cpu and find_spec("torch") is not None
     if has_torch:
         from jax_nanogpt import bench_peer
 
@@ -130,12 +131,11 @@ def bench_shakespeare(report):
         report.add(work, "shakespeare", exact, samples, prompt, new, ours, peer, "torch, no cache", peer_batch=1)
 
 
-def bench_gpt2(report, name, folder, new):
+def bench_gpt2(report, name, folder, config, params, new):
     """Prefill, and greedy decoding with a cache, against transformers."""
-    config, params = weight_loader.load(folder)
     prompt = np.random.default_rng(0).integers(config.vocab_size, size=config.block_size // 2).tolist()
     reference = None
-    if find_spec("torch") and find_spec("transformers"):
+    if report.on_cpu and find_spec("torch") and find_spec("transformers"):
         import torch
         import transformers
 
@@ -152,7 +152,7 @@ def bench_gpt2(report, name, folder, new):
         length = {"max_new_tokens": count, "min_new_tokens": count}
         return reference.generate(given, attention_mask=torch.ones_like(given), do_sample=False, **length)
 
-    for work, ids, count in ("prefill", prompt, 1), ("decode", prompt[:16], min(new, config.block_size - 16)):
+    for work, ids, count in ("prefill", prompt, 1), ("decode", (2 * prompt)[:16], new):
         calls = partial(ours, ids, count), partial(peer, ids, count) if reference else None
         read = weights + slot * (len(ids) + count / 2) if count > 1 else 0
         report.add(work, name, config, 1, len(ids), count, *calls, "transformers", read=read)
@@ -168,6 +168,29 @@ def write_random(name, folder):
     weight_loader.save(folder, config, init_params(config, jax.random.key(0)))
 
 
+def measure(args, scratch):
+    try:
+        if args.new_tokens < 2:
+            raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
+        device = choose_devices(args.device)[0]
+        if args.random:
+            name, folder = f"{args.random}-random", scratch
+            write_random(args.random, folder)
+        else:
+            name, folder, _ = find_model(args.model)
+        config, params = weight_loader.load(folder)
+        if args.new_tokens > config.block_size - 16:
+            raise ValueError(
+                f"--new-tokens is {args.new_tokens}, at most {config.block_size - 16} fit behind 16 tokens"
+            )
+    except ValueError as error:
+        fail(error)
+    report = Report(device)
+    bench_shakespeare(report)
+    bench_gpt2(report, name, folder, config, params, args.new_tokens)
+    return report.results
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -177,22 +200,9 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
     args = parser.parse_args()
-    try:
-        if args.new_tokens < 2:
-            raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
-        device = choose_devices(args.device)[0]
-        found = None if args.random else find_model(args.model)
-    except ValueError as error:
-        fail(error)
-    report = Report(device)
-    bench_shakespeare(report)
-    if found:
-        bench_gpt2(report, found.name, found.folder, args.new_tokens)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            write_random(args.random, folder)
-            bench_gpt2(report, f"{args.random}-random", folder, args.new_tokens)
-    print(json.dumps({"project": "jax_nanogpt", "results": report.results}))
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(args, Path(scratch))
+    print(json.dumps({"project": "jax_nanogpt", "results": results}))
 
 
 if __name__ == "__main__":

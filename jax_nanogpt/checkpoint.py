@@ -30,9 +30,12 @@ class Checkpoints:
         if not writable and not self.folder.is_dir():
             raise ValueError(f"out_dir is {out_dir}, which holds no checkpoint of train.py")
         if afresh and self.folder.exists():
-            aside = self.folder.with_name("checkpoints.old")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.folder.rename(aside)
+            if any(path.name.isdigit() for path in self.folder.iterdir()):  # a complete one is there
+                aside = self.folder.with_name("checkpoints.old")
+                shutil.rmtree(aside, ignore_errors=True)
+                self.folder.rename(aside)
+            else:
+                shutil.rmtree(self.folder)
         val_loss = itemgetter("val_loss")
         keep = AnyPreservationPolicy([LatestN(1), BestN(n=1, get_metric_fn=val_loss, reverse=True)])
         options = ocp.CheckpointManagerOptions(

@@ -10,8 +10,12 @@ TOKENIZER_FILES = ("meta.json", "vocab.json", "merges.txt", "tokenizer.json", "t
 def write_beside(path, write):
     """write(temporary path), which then takes the place of path."""
     temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path, text):
@@ -19,7 +23,9 @@ def write_text(path, text):
 
 
 def copy_files(names, source, target):
-    """Those of the names that source has."""
+    """Those of the names that source has; the others go, for they were another run's."""
     for name in names:
         if (file := Path(source, name)).exists():
             write_beside(Path(target, name), lambda temporary, file=file: shutil.copyfile(file, temporary))
+        else:
+            Path(target, name).unlink(missing_ok=True)

@@ -88,7 +88,7 @@ def main():
         for name in ("num_samples", "max_new_tokens"):
             if getattr(args, name) < 1:
                 raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
-        if args.dump and not args.dump.parent.is_dir():
+        if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
             raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
         devices = choose_devices(args.device)
         start = Path(args.start[5:]).read_text(encoding="utf-8") if args.start.startswith("FILE:") else args.start
@@ -107,14 +107,16 @@ def main():
     end = None if args.ignore_eos else tokenizer.eot
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     pieces = generate(config, params, prompt, args.max_new_tokens, args.num_samples, sampling, args.seed)
-    samples, rows, stream = [[] for _ in range(args.num_samples)], [], Stream(tokenizer)
+    samples, shown, rows, stream = [[] for _ in range(args.num_samples)], 0, [], Stream(tokenizer)
     print(start, end="")
     for tokens, logits in pieces:  # all samples are made together; the first is shown as it comes
         for sample, more in zip(samples, tokens.tolist(), strict=True):
             if end is None or end not in sample:
                 sample += more[: more.index(end) + 1] if end in more else more
-        fresh = samples[0][len(rows) :]
-        rows += list(logits[0, : len(fresh)])
+        fresh = samples[0][shown:]
+        shown += len(fresh)
+        if args.dump:
+            rows.append(logits[0, : len(fresh)].copy())  # a view would keep the logits of all samples
         print("".join(stream.push(token) for token in fresh if token != end), end="", flush=True)
         if end is not None and all(end in sample for sample in samples):
             break
@@ -123,7 +125,7 @@ def main():
         print("-" * 15)
         print(start + tokenizer.decode(token for token in sample if token != end))
     if args.dump:
-        dump = {"prompt_ids": np.array(prompt), "tokens": np.array(samples[0]), "logits": np.array(rows)}
+        dump = {"prompt_ids": np.array(prompt), "tokens": np.array(samples[0]), "logits": np.concatenate(rows)}
         write_beside(args.dump, partial(save, dump))
 
 

@@ -7,6 +7,7 @@ Settings: the defaults below, then the config files, then the flags. --help list
 
 import json
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -97,6 +98,10 @@ class Config:
             if field.type in (int, float) and (value < 0 or value == 0 and not may_be_zero):
                 limit = "0 or more" if may_be_zero else "1 or more"
                 raise ValueError(f"{field.name} is {value}, {limit} is expected")
+        if not self.out_dir:
+            raise ValueError(f"out_dir is {self.out_dir!r}, a folder is expected")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, below 2**63 is expected")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, a multiple of n_head ({self.n_head}) is expected")
         if self.learning_rate == 0:
@@ -108,13 +113,26 @@ class Config:
 # --- data: a .bin is one long row of uint16 tokens, and an example is any block_size + 1 of them
 
 
-def open_split(folder, split, block_size):
+def find_dataset(name):
+    """A folder in data/, or any other: the first of the two that has been prepared."""
+    for folder in (HERE / "data" / name, Path(name)):
+        if all((folder / f"{split}.bin").is_file() for split in ("train", "val")):
+            return folder
+    raise ValueError(
+        f"dataset is {name}, which has no train.bin and val.bin: python data/{name}/prepare.py writes them"
+    )
+
+
+def open_split(folder, split, config):
     path = folder / f"{split}.bin"
-    if not path.exists():
-        raise ValueError(f"dataset is {folder}, which has no {split}.bin: python {folder / 'prepare.py'} writes it")
+    if path.stat().st_size // 2 <= config.block_size or path.stat().st_size % 2:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} has {size} bytes, two a token for more than block_size ({config.block_size}) are expected"
+        )
     data = np.memmap(path, np.uint16, "r")
-    if len(data) <= block_size:
-        raise ValueError(f"{path} has {len(data)} tokens, more than block_size ({block_size}) are expected")
+    if (top := data[: 10**8].max()) >= config.vocab_size:  # of a large file its first part: reading 18 GB takes minutes
+        raise ValueError(f"{path} holds the token {top}, below {config.vocab_size}, its tokenizer's size, is expected")
     return data
 
 
@@ -219,6 +237,18 @@ class Metrics:
 # --- the run
 
 
+def stop_at_interrupt():
+    """A list that the first Ctrl-C fills, for the loop to see between two calls; the second Ctrl-C ends it at once."""
+    stopped = []
+
+    def stop(*_):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, stop)
+    return stopped
+
+
 def first_model(config, dataset):
     """(GPTConfig, params, iteration) to start from, as init_from says."""
     tokenizer = load_tokenizer(dataset)
@@ -233,6 +263,13 @@ def first_model(config, dataset):
         model_config, params = checkpoints.restore_model(iteration)
         if (theirs := checkpoints.about(iteration)["optimizer"]) != config.optimizer:
             raise ValueError(f"optimizer is {config.optimizer}, but {folder} was trained with {theirs}")
+        if iteration >= config.max_iters and not config.eval_only:
+            raise ValueError(
+                f"max_iters is {config.max_iters}, more than the {iteration} made in {folder} are expected"
+            )
+        for key in ("n_layer", "n_head", "n_embd", "block_size"):
+            if getattr(config, key) not in (getattr(Config, key), theirs := getattr(model_config, key)):
+                raise ValueError(f"{key} is {getattr(config, key)}, but {folder} was trained with {theirs}")
     else:
         folder, iteration = find_model(config.init_from).folder, 0
         model_config, params = weight_loader.load(folder)
@@ -259,6 +296,13 @@ def train(config, splits, dataset, devices, model_config, params, start):
         place = partial(jax.device_put, device=shared_out[0])
         return {split: evaluate(model, params, data, config, place) for split, data in splits.items()}
 
+    def insist_on_a_number(loss, iteration):
+        if not math.isfinite(loss):
+            good = f"iteration {checkpoints.last()} in {out_dir}" if checkpoints.last() else "none"
+            sys.exit(
+                f"the loss is {loss} by iteration {iteration}: a lower rate may help; the last good checkpoint: {good}"
+            )
+
     def report(iteration, now):
         tqdm.write(f"iter {iteration} loss: train loss {now['train']:.4f}, val loss {now['val']:.4f}")
         sys.stdout.flush()
@@ -270,15 +314,18 @@ def train(config, splits, dataset, devices, model_config, params, start):
     opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
     if start:
         opt_state = jax.device_put(checkpoints.restore_opt_state(start, opt_state), everywhere)
-    copy_files((*TOKENIZER_FILES, "config.json"), dataset, out_dir)
+    if config.init_from != "resume":
+        source = Path(dataset if config.init_from == "scratch" else find_model(config.init_from).folder)
+        copy_files((*TOKENIZER_FILES, "config.json"), source, out_dir)  # a model's own: GPT-2's dataset has no files
     metrics = Metrics(out_dir, start)
     bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1)
     about = {"model": vars(model_config), "optimizer": config.optimizer}
-    iteration = start
+    iteration, stopped = start, stop_at_interrupt()
     while True:
-        done = iteration >= config.max_iters
+        done = iteration >= config.max_iters or stopped
         if (iteration % config.eval_interval == 0 or done) and (iteration > start or not start):
             report(iteration, now := losses_now())
+            insist_on_a_number(now["val"], iteration)
             metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
             metrics.draw()
             if iteration > start:
@@ -293,11 +340,16 @@ def train(config, splits, dataset, devices, model_config, params, start):
         loss = float(seen[:count].mean())
         seconds = (time.perf_counter() - began) / count
         iteration += count
+        insist_on_a_number(loss, iteration)
         metrics.add(iter=iteration, loss=loss, s_per_iter=round(seconds, 6))
         bar.update(count)
         rates = f"{tokens_per_iteration / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s"
         bar.set_postfix_str(f"loss {loss:.3f}, {rates}")
     bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if stopped:
+        print(f"stopped at iteration {iteration}" + "; --init_from=resume goes on" * (iteration > 0), file=sys.stderr)
+        sys.exit(130)
 
 
 def main():
@@ -312,17 +364,17 @@ def main():
         devices = choose_devices(config.device)
         if config.batch_size % len(devices):
             raise ValueError(f"batch_size is {config.batch_size}, a multiple of the {len(devices)} devices is expected")
-        dataset = HERE / "data" / config.dataset
+        dataset = find_dataset(config.dataset)
         model_config, params, start = first_model(config, dataset)
         config = replace(config, block_size=model_config.block_size)
-        splits = {split: open_split(dataset, split, config.block_size) for split in ("train", "val")}
-    except ValueError as error:
+        splits = {split: open_split(dataset, split, model_config) for split in ("train", "val")}
+        if not config.eval_only:
+            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        fail(f"out_dir is {config.out_dir}, a folder is expected")
+    except (ValueError, OSError) as error:
         fail(error)
-    try:
-        train(config, splits, dataset, devices, model_config, params, start)
-    except KeyboardInterrupt:
-        print("stopped; --init_from=resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    train(config, splits, dataset, devices, model_config, params, start)
 
 
 if __name__ == "__main__":

@@ -87,12 +87,12 @@ def load(folder, dtype="float32"):
         given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no readable config.json: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{folder / 'config.json'} holds no JSON object")
     for key, value in FIXED.items():
         if given.get(key, value) != value:
             raise ValueError(f"{folder / 'config.json'}: {key} is {given[key]!r}, GPT-2's {value!r} is supported")
     n_embd = given.get("n_embd", 768)
-    if given.get("n_inner") not in (None, 4 * n_embd):
-        raise ValueError(f"{folder / 'config.json'}: n_inner is {given['n_inner']}, 4 * n_embd is supported")
     config = GPTConfig(
         block_size=given.get("n_positions", given.get("n_ctx", 1024)),
         vocab_size=given.get("vocab_size", 50257),
@@ -101,6 +101,16 @@ def load(folder, dtype="float32"):
         n_embd=n_embd,
         dtype=dtype,
     )
+
+    for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        if type(value := getattr(config, key)) is not int or not 0 < value < 2**24:
+            raise ValueError(f"{folder / 'config.json'}: {key} is {value!r}, a whole number above 0 is expected")
+    if config.n_embd % config.n_head:
+        raise ValueError(
+            f"{folder / 'config.json'}: n_embd is {n_embd}, a multiple of n_head ({config.n_head}) is expected"
+        )
+    if given.get("n_inner") not in (None, 4 * n_embd):
+        raise ValueError(f"{folder / 'config.json'}: n_inner is {given['n_inner']}, 4 * n_embd is supported")
 
     files = sorted(folder.glob("model*.safetensors"))
     if not files:

@@ -1,4 +1,4 @@
-"""gpt2-nano, the small GPT-2 of checkpoints/: forty minutes on two CPU cores. Data: data/nano/prepare.py."""
+"""gpt2-nano, the small GPT-2 of checkpoints/: 33 minutes on two CPU cores. Data: data/nano/prepare.py."""
 
 out_dir = "out-nano"
 dataset = "nano"

@@ -5,6 +5,7 @@ A dataset's folder holds train.bin and val.bin, rows of uint16 tokens, and its t
 
 import argparse
 import hashlib
+import http.client
 import json
 import sys
 import time
@@ -26,6 +27,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def arguments(description):
     """The parser of a prepare.py that is about tiny Shakespeare."""
     parser = argparse.ArgumentParser(description=description)
+    parser.error = fail
     parser.add_argument("--input", type=Path, metavar="FILE", help="a local copy of the text, instead of a download")
     return parser
 
@@ -42,6 +44,8 @@ def shakespeare(given, folder):
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--input is {given or kept}, which cannot be read: {error}")
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
+        if len(text) < 100:
+            fail(f"--input is {given or kept}, with {len(text)} characters; 100 or more are expected")
         print(f"note: {given or kept} is not tiny Shakespeare as published; it is used as it is")
     return text
 
@@ -54,7 +58,7 @@ def download(url, sha256, tries=3):
             if hashlib.sha256(data).hexdigest() == sha256:
                 return data
             reason = "its SHA-256 is not the expected one"
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
         if left:
             time.sleep(1)

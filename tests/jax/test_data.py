@@ -1,6 +1,7 @@
 """The datasets: what is written, what is downloaded and checked, what a machine without a network is told."""
 
 import hashlib
+import http.client
 import io
 import json
 import runpy
@@ -93,6 +94,13 @@ def test_without_a_network_one_line_says_both_ways_on(name, tmp_path, monkeypatc
     assert [path.name for path in folder.iterdir()] == ["prepare.py"]
 
 
+def test_a_text_too_short_to_split_is_refused_and_writes_nothing(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    folder, result = prepare("shakespeare_char", tmp_path, "--input", tmp_path / "empty.txt")
+    assert result.returncode == 2 and "with 0 characters; 100 or more are expected" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["prepare.py"]
+
+
 def test_a_missing_local_copy_is_one_line(tmp_path):
     _, result = prepare("shakespeare_char", tmp_path, "--input", tmp_path / "nowhere")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--input is" in result.stderr
@@ -111,6 +119,8 @@ def test_a_download_is_tried_again_and_checked(monkeypatch, capsys):
     monkeypatch.setattr(corpus.time, "sleep", lambda seconds: None)
     sha256 = hashlib.sha256(good).hexdigest()
     answers[:] = [urllib.error.URLError("down"), b"half of the te", good]
+    assert corpus.download("https://example.org", sha256) == good
+    answers[:] = [http.client.IncompleteRead(b"half"), good]
     assert corpus.download("https://example.org", sha256) == good
     answers[:] = [b"forged"] * 3
     with pytest.raises(SystemExit):

@@ -125,6 +125,8 @@ def test_lower_precision_samples_too(dtype, out_dir):
         (["--dtype=int8"], "--dtype"),
         (["--device=gpu"], "device is gpu, but JAX finds only: cpu"),
         (["--dump=nowhere/d.npz"], "dump is nowhere/d.npz, a file in a folder that exists is expected"),
+        (["--dump=/tmp"], "dump is /tmp, a file in a folder that exists is expected"),
+        (["--dump="], "a file in a folder that exists is expected"),
         (["--bogus"], "unrecognized arguments: --bogus"),
     ],
 )

@@ -20,6 +20,7 @@ from jax_nanogpt import train, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.data.corpus import write_characters
 from jax_nanogpt.model import GPT, GPTConfig, init_params
+from shared.tokenizer import Characters
 
 SCRIPT = Path(train.__file__)
 TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_iters=3")
@@ -208,8 +209,14 @@ def test_mistakes_end_in_one_line_and_status_2(run, dataset, tmp_path, capsys):
     complaints = {
         ("--init_from=resume",): "none, which holds no checkpoint",
         ("--init_from=nowhere",): "'nowhere'",
-        ("--dataset=nowhere",): "nowhere",
-        ("--block_size=100000",): "more than block_size (100000) are expected",
+        ("--dataset=nowhere",): "which has no train.bin and val.bin: python data/nowhere/prepare.py writes them",
+        ("--block_size=100000",): "two a token for more than block_size (100000) are expected",
+        (f"--out_dir={tmp_path / 'meta.json'}",): "meta.json, a folder is expected",
+        (f"--out_dir={tmp_path / 'meta.json' / 'x'}",): "Not a directory",
+        ("--out_dir=",): "out_dir is '', a folder is expected",
+        ("--seed=18446744073709551616",): "below 2**63 is expected",
+        ("--init_from=resume", f"--out_dir={tmp_path / 'first'}", "--max_iters=2"): "more than the 2 made",
+        ("--init_from=resume", f"--out_dir={tmp_path / 'first'}", "--max_iters=9", "--n_layer=7"): "trained with 2",
         ("--device=abacus",): "device is abacus, one of auto, cpu, gpu, tpu is expected",
         ("--device=tpu",): "device is tpu, but JAX finds only: cpu",
         ("--max_iter=3",): "max_iter is no setting; near are: max_iters",
@@ -221,6 +228,56 @@ def test_mistakes_end_in_one_line_and_status_2(run, dataset, tmp_path, capsys):
         captured = capsys.readouterr()
         assert complaint in captured.err and captured.err.count("\n") == 1 and "iter 0" not in captured.out
     assert not (tmp_path / "none").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_costs_no_checkpoint(run, tmp_path):
+    run(tmp_path, "--max_iters=10")
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) by iteration .*last good checkpoint: iteration 10 in"):
+        run(tmp_path, "--max_iters=40", "--init_from=resume", "--learning_rate=1e38", "--min_lr=1e38", "--grad_clip=0")
+    assert Checkpoints(tmp_path).last() == Checkpoints(tmp_path).best() == 10
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_fresh_starts_that_come_to_nothing_leave_the_former_run_aside(run, tmp_path):
+    run(tmp_path, "--max_iters=10")
+    former = state(tmp_path)
+    for _ in range(3):
+        Checkpoints(tmp_path, writable=True, afresh=True)
+    (tmp_path / "checkpoints").rename(tmp_path / "new")
+    (tmp_path / "checkpoints.old").rename(tmp_path / "checkpoints")
+    assert same(state(tmp_path), former)
+
+
+def test_a_new_run_leaves_nothing_of_the_former_tokenizer(run, tmp_path):
+    (tmp_path / "vocab.json").write_text("of another model")
+    run(tmp_path, "--max_iters=2")
+    assert not (tmp_path / "vocab.json").exists() and (tmp_path / "meta.json").exists()
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_refused(run, dataset, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes((dataset / f"{split}.bin").read_bytes())
+    Characters("abc").save(tmp_path)
+    refused(run, tmp_path / "none", f"--dataset={tmp_path}")
+    assert "below 3, its tokenizer's size, is expected" in capsys.readouterr().err
+    (tmp_path / "train.bin").write_bytes(b"\0" * 1001)
+    refused(run, tmp_path / "none", f"--dataset={tmp_path}")
+    assert "train.bin has 1001 bytes, two a token" in capsys.readouterr().err
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(run, dataset, tmp_path):
+    command = [sys.executable, SCRIPT, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists() or '"iter": 20,' not in (tmp_path / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    last, _ = state(tmp_path)
+    assert last >= 20 and errors.splitlines()[-1] == f"stopped at iteration {last}; --init_from=resume goes on"
+    run(tmp_path, "--init_from=resume", f"--max_iters={last + 5}")
+    assert state(tmp_path)[0] == last + 5
 
 
 def test_help_lists_every_setting(run, tmp_path):

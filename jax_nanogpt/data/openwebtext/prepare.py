@@ -35,16 +35,19 @@ def write(documents, tokenizer, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     parser.add_argument("--documents", type=int, default=DOCUMENTS)
     count = parser.parse_args().documents
+    if count < 2000:
+        fail(f"--documents is {count}, 2000 or more are expected: every 2,000th is in val.bin")
     try:
         from datasets import load_dataset
 
         tokenizer = gpt2_bpe()
         stream = load_dataset("Skylion007/openwebtext", split="train", streaming=True)
+        write(tqdm(islice(stream, count), total=count, unit="text"), tokenizer, HERE)
     except ImportError:
         fail("the package datasets is missing: pip install datasets")
     except (ValueError, OSError) as error:
         fail(f"OpenWebText cannot be had: {error}")
-    write(tqdm(islice(stream, count), total=count, unit="text"), tokenizer, HERE)
     keep_tokenizer(HERE, None)

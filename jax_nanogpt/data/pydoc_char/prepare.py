@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from jax_nanogpt.configurator import fail
 from jax_nanogpt.data.corpus import pydoc_topics, write_characters
 
 HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.error = fail
+    parser.parse_args()
     write_characters(HERE, "\n".join(pydoc_topics().values()))
