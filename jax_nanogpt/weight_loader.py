@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.configurator import fail
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
 from jax_nanogpt.model import GPTConfig
-from shared.tokenizer import load_tokenizer
+from shared.tokenizer import END_OF_TEXT, byte_of_character, load_tokenizer
 
 FIXED = {  # what model.py has built in: a checkpoint that differs would give other logits, silently
     "model_type": "gpt2",
@@ -170,8 +171,27 @@ def save(folder, config, params, tokenizer_folder=None, eot=None, dtype="float32
     }
     if tokenizer_folder:
         copy_files(TOKENIZER_FILES, tokenizer_folder, folder)
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):  # a dataset in GPT-2's tokens has none
+            write_vocabulary(folder, load_tokenizer(tokenizer_folder))
     write_beside(folder / "model.safetensors", lambda path: path.write_bytes(serialize(tensors, {"format": "pt"})))
     write_text(folder / "config.json", json.dumps(about, indent=2) + "\n")
+
+
+def write_vocabulary(folder, tokenizer):
+    """vocab.json and merges.txt of a BPE. A token's merge is what is left when lower ones have done all they can."""
+    ranks = {tokenizer.to_bytes(id): id for id in range(tokenizer.n_vocab) if id != tokenizer.eot}
+    spelled = {byte: char for char, byte in byte_of_character().items()}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            _, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join("".join(map(spelled.get, part)) for part in parts))
+    vocab = {"".join(map(spelled.get, token)): id for token, id in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
+    write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
 
 
 def main():

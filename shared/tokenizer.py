@@ -176,7 +176,7 @@ def _read_vocabulary(vocab_path: Path, merges_path: Path) -> tuple[dict[bytes, i
     vocab = _read_json(vocab_path)
     if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(f"{vocab_path} must number its tokens from 0 on, each with a number of its own")
-    byte_of = _byte_of_character()
+    byte_of = byte_of_character()
     made, last = set(byte_of), -1
     lines = _read_text(merges_path).split("\n")
     for line in lines[lines[0].startswith("#version") :]:
@@ -197,7 +197,7 @@ def _read_vocabulary(vocab_path: Path, merges_path: Path) -> tuple[dict[bytes, i
     return ranks, {END_OF_TEXT: vocab[END_OF_TEXT]}
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's files spell each byte as one visible character: itself where it is one, else the next from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_nanogpt import weight_loader
 from jax_nanogpt.model import GPT, GPTConfig, init_cache, init_params
+from shared.tokenizer import gpt2_bpe, load_tokenizer
 
 SHAPES = {  # name -> layers, heads, width; -large and -xl with fewer layers, for memory's sake
     "gpt2": (12, 12, 768),
@@ -89,6 +90,17 @@ def test_what_is_written_loads_in_transformers(bias, tmp_path):
     tokens = np.arange(16)[None]
     logits, _ = GPT(config).apply({"params": params}, tokens)
     np.testing.assert_allclose(logits, logits_of(reference, tokens), atol=1e-4, rtol=0)
+
+
+def test_a_model_on_gpt2s_tokens_is_written_with_gpt2s_vocabulary(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 50257}')  # how a dataset in GPT-2's tokens is known
+    config = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8)
+    weight_loader.save(tmp_path / "out", config, init_params(config, jax.random.key(0)), tmp_path, 50256)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("hello world", "Grüße, 世界! 🙂\n\n  def f(x):\treturn 1"):
+        ids = gpt2_bpe().encode(text)
+        assert load_tokenizer(tmp_path / "out").encode(text) == reference(text)["input_ids"] == ids
+    assert reference.eos_token_id == 50256
 
 
 def test_saved_and_loaded_again_is_the_same_to_the_bit(tiny_folder, tmp_path):

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from shared import tokenizer
-from shared.tokenizer import _byte_of_character, find_model
+from shared.tokenizer import byte_of_character, find_model
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 FILES = {
     "config.json": b'{"model_type": "gpt2", "vocab_size": 50257}',
     "model.safetensors": b"weights",
-    "vocab.json": json.dumps({token: id for id, token in enumerate([*_byte_of_character(), "<|endoftext|>"])}).encode(),
+    "vocab.json": json.dumps({token: id for id, token in enumerate([*byte_of_character(), "<|endoftext|>"])}).encode(),
     "merges.txt": b"#version: 0.2\n",
     "pytorch_model.bin": b"a pickle that nobody should fetch",
 }

@@ -48,7 +48,7 @@ def gpt2_folder(gpt2, tmp_path_factory):
     """GPT-2's vocab.json and merges.txt, written from the ranks: each merge is the last step of its token's own BPE."""
     folder = tmp_path_factory.mktemp("gpt2")
     ranks = gpt2._encoding._mergeable_ranks
-    spell = {byte: char for char, byte in tokenizer._byte_of_character().items()}
+    spell = {byte: char for char, byte in tokenizer.byte_of_character().items()}
 
     def spelled(token):
         return "".join(spell[byte] for byte in token)
@@ -201,7 +201,7 @@ def test_a_damaged_character_file_is_named(tmp_path, content):
 @pytest.fixture
 def small_folder(tmp_path):
     """256 bytes, three merges and the end of text."""
-    alphabet = list(tokenizer._byte_of_character())
+    alphabet = list(tokenizer.byte_of_character())
     tokens = [*alphabet, "he", "ll", "hell", "<|endoftext|>"]
     (tmp_path / "vocab.json").write_text(json.dumps({token: id for id, token in enumerate(tokens)}), "utf-8")
     (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n", encoding="utf-8")
