@@ -250,13 +250,13 @@ def stop_at_interrupt():
 
 
 def first_model(config, dataset):
-    """(GPTConfig, params, iteration) to start from, as init_from says."""
+    """(GPTConfig, params, iteration) to start from, as init_from says, and the folder that holds its tokenizer."""
     tokenizer = load_tokenizer(dataset)
     own = {"dropout": config.dropout, "dtype": config.dtype}
     if config.init_from == "scratch":
         shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
         model_config = GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own)
-        return model_config, init_params(model_config, jax.random.key(config.seed)), 0
+        return model_config, init_params(model_config, jax.random.key(config.seed)), 0, dataset
     if config.init_from == "resume":
         checkpoints = Checkpoints(config.out_dir)
         folder, iteration = Path(config.out_dir), checkpoints.last()
@@ -277,10 +277,10 @@ def first_model(config, dataset):
     theirs = load_tokenizer(folder)
     if theirs.decode(range(theirs.n_vocab)) != tokenizer.decode(range(tokenizer.n_vocab)):
         raise ValueError(f"dataset is {dataset}, whose tokens are not those that {folder} was trained on")
-    return replace(model_config, **own), params, iteration
+    return replace(model_config, **own), params, iteration, folder
 
 
-def train(config, splits, dataset, devices, model_config, params, start):
+def train(config, splits, devices, model_config, params, start, tokenizer_folder):
     out_dir = Path(config.out_dir)
     mesh = Mesh(devices, "batch")  # data parallel: every device has all parameters and a share of each batch
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -314,9 +314,8 @@ def train(config, splits, dataset, devices, model_config, params, start):
     opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
     if start:
         opt_state = jax.device_put(checkpoints.restore_opt_state(start, opt_state), everywhere)
-    if config.init_from != "resume":
-        source = Path(dataset if config.init_from == "scratch" else find_model(config.init_from).folder)
-        copy_files((*TOKENIZER_FILES, "config.json"), source, out_dir)  # a model's own: GPT-2's dataset has no files
+    if tokenizer_folder != out_dir:  # as it is when resuming
+        copy_files((*TOKENIZER_FILES, "config.json"), tokenizer_folder, out_dir)
     metrics = Metrics(out_dir, start)
     bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1)
     about = {"model": vars(model_config), "optimizer": config.optimizer}
@@ -365,7 +364,7 @@ def main():
         if config.batch_size % len(devices):
             raise ValueError(f"batch_size is {config.batch_size}, a multiple of the {len(devices)} devices is expected")
         dataset = find_dataset(config.dataset)
-        model_config, params, start = first_model(config, dataset)
+        model_config, params, start, tokenizer_folder = first_model(config, dataset)
         config = replace(config, block_size=model_config.block_size)
         splits = {split: open_split(dataset, split, model_config) for split in ("train", "val")}
         if not config.eval_only:
@@ -374,7 +373,7 @@ def main():
         fail(f"out_dir is {config.out_dir}, a folder is expected")
     except (ValueError, OSError) as error:
         fail(error)
-    train(config, splits, dataset, devices, model_config, params, start)
+    train(config, splits, devices, model_config, params, start, tokenizer_folder)
 
 
 if __name__ == "__main__":

@@ -280,10 +280,8 @@ class Runner:
         limit_s = SLOW_LIMIT_S if MINUTES in block.needs else self.limit_s
         folder = block.readme.resolve().parent
         before = _files(folder)
-        with (
-            tempfile.TemporaryFile() as out,
-            tempfile.TemporaryFile() as err,
-        ):  # not pipes: a daemon would hold them open
+        # files and not pipes, which a daemon would hold open
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             shell = subprocess.Popen(
                 ["bash", "-eo", "pipefail", "-c", block.script],
                 cwd=folder,
