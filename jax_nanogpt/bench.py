@@ -3,7 +3,8 @@
     python bench.py [--model NAME | --random NAME] [--new-tokens N]
 
 Each figure stands beside a peer's, measured in the same run, in turns: PyTorch in nanoGPT's style, and transformers.
-Without those packages there are no peers. The last line of output is one JSON document.
+Without those packages there are no peers. Beside each: the seconds to compile, from nothing and out of the compilation
+cache, as a second start would, and the process's peak memory meanwhile. The last line of output is one JSON document.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
@@ -51,6 +53,15 @@ def bandwidth():
         return 2**28 / min(seconds(lambda: list(pool.map(np.sum, halves))) for _ in range(10))
 
 
+def peak_mb(call):
+    """The process's peak memory: during the call where that can be asked (Linux), else since it began."""
+    counters = Path("/proc/self/clear_refs")
+    if counters.exists():
+        counters.write_text("5", encoding="utf-8")  # the peak begins anew
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def make_text(*args, **settings):
     return list(generate(*args, **settings))
 
@@ -61,12 +72,19 @@ class Report:
         self.on_cpu = device.platform == "cpu"  # elsewhere the peers, and this memory, would be of another machine
         print(f"{describe([device])}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
 
-    def add(self, work, model, config, batch, prompt, new, ours, peer, peer_name, peer_batch=None, read=0):
-        """ours and peer are calls that make new tokens (or, where new is 1, read prompt ones) for a batch of texts.
-        The first call of each is apart; then they take turns. read: bytes that one step must fetch from memory."""
-        first, _ = seconds(ours), peer and peer()
-        pairs = [(seconds(ours), seconds(peer) if peer else None) for _ in range(PAIRS)]
-        took = statistics.median(mine for mine, _ in pairs)
+    def add(self, work, model, config, batch, prompt, new, ours, peers=(), peer_batch=None, read=0):
+        """ours and peers are calls that make new tokens (or, where new is 1, read prompt ones) for a batch of texts.
+        The first calls are apart; then they take turns. read: bytes that one step must fetch from memory.
+        peers is [(key in the JSON, name, call)], of which the first is the peer, the others stand beside it."""
+        cold = seconds(ours)
+        jax.clear_caches()
+        peak = peak_mb(ours)
+        jax.clear_caches()
+        warm = seconds(ours)  # traces again, and finds what XLA made of it in the compilation cache
+        for *_, call in peers:
+            call()
+        rounds = [[seconds(call) for call in (ours, *(call for *_, call in peers))] for _ in range(PAIRS)]
+        took, *theirs = map(statistics.median, zip(*rounds, strict=True))
         size = prompt if new == 1 else new
         row = {
             "work": work,
@@ -77,41 +95,52 @@ class Report:
             "batch": batch,
             "prompt_tokens": prompt,
             "new_tokens": new,
-            "compile_s": round(max(0, first - took), 2),
+            "compile_s": round(max(0, cold - took), 2),
+            "compile_cached_s": round(max(0, warm - took), 2),
             "ttft_ms": round(took * 1e3, 2) if new == 1 else None,
             "tokens_per_s": round(batch * size / took, 1),
             "peer": None,
             "ratio": None,
             "mbu": round(read * size / took / self.bandwidth, 3) if read and self.on_cpu else None,
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_rss_mb": peak,
         }
         line = f"{work:16} {model:12} {config.dtype:8} batch {batch:2} {batch * size / took:10,.0f} tokens/s"
-        if peer:
-            share = batch / (peer_batch or batch)  # of our tokens over the peer's, in one pair
-            theirs = statistics.median(other for _, other in pairs)
-            ratio = statistics.median(share * other / mine for mine, other in pairs)
-            rate = batch * size / share / theirs
-            row |= {"peer": {"name": peer_name, "tokens_per_s": round(rate, 1)}, "ratio": round(ratio, 3)}
-            line += f", {ratio:6.2f} x {peer_name} ({rate:,.0f})"
+        share = batch / (peer_batch or batch)  # of our tokens over the peer's, in one round
+        for i, (key, name, _) in enumerate(peers):
+            ratio = statistics.median(share * times[i + 1] / times[0] for times in rounds)
+            rate = batch * size / share / theirs[i]
+            row[key] = {"name": name, "tokens_per_s": round(rate, 1)}
+            row[key.replace("peer", "ratio")] = round(ratio, 3)
+            line += f", {ratio:6.2f} x {name} ({rate:,.0f})"
         self.results.append(row)
         print(line, flush=True)
         return took
 
 
-def bench_shakespeare(report):
-    """The model of config/train_shakespeare_char.py: its training iteration, ten in a call, and its sampling."""
+def shakespeare():
+    """config/train_shakespeare_char.py: the settings, the model, and what it trains on in one call."""
     settings = configure(Config(), ["config/train_shakespeare_char.py"], HERE)
     shape = {key: getattr(settings, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
-    exact = GPTConfig(vocab_size=65, **shape)
-    count, batch = settings.iters_per_call, settings.batch_size
-    examples = np.random.default_rng(0).integers(65, size=(count, 1, batch, exact.block_size + 1)).astype(np.int32)
+    size = settings.iters_per_call, 1, settings.batch_size, settings.block_size + 1
+    return settings, GPTConfig(vocab_size=65, **shape), np.random.default_rng(0).integers(65, size=size, dtype=np.int32)
+
+
+def bench_shakespeare(report):
+    """Its training iteration, as many in a call as it has, and its sampling."""
+    settings, exact, examples = shakespeare()
+    count, _, batch, _ = examples.shape
     has_torch = report.on_cpu and find_spec("torch") is not None
     if has_torch:
         from jax_nanogpt import bench_peer
 
-    for config, work in (exact, "train"), (replace(exact, dtype="bfloat16"), "train_bfloat16"):
+    half = replace(exact, dtype="bfloat16")
+    peers = []
+    if has_torch:
+        params = init_params(exact, jax.random.key(0))
+        peers.append(("peer", "torch float32", bench_peer.trainer(exact, params, examples)))
+        peers.append(("peer_autocast", "torch bfloat16 autocast", bench_peer.trainer(half, params, examples)))
+    for config, work in (exact, "train"), (half, "train_bfloat16"):
         model, optimizer, params = GPT(config), make_optimizer(settings), init_params(config, jax.random.key(0))
-        peer = bench_peer.trainer(config, params, examples) if has_torch else None
         state = [params, optimizer.init(params)]
 
         def train(model=model, optimizer=optimizer, state=state):
@@ -119,16 +148,16 @@ def bench_shakespeare(report):
             losses.block_until_ready()
 
         made = count * exact.block_size
-        took = report.add(work, "shakespeare", config, batch, None, made, train, peer, "torch " + config.dtype)
+        took = report.add(work, "shakespeare", config, batch, None, made, train, peers)
         tflops = flops_per_token(config, state[0]) * made * batch / took / 1e12
         report.results[-1] |= {"ms_per_iteration": round(took / count * 1e3, 1), "tflops": round(tflops, 3)}
 
     params, edge = init_params(exact, jax.random.key(0)), exact.block_size
     works = ("sample", 1, 1, edge - 1), ("sample_batch10", 10, 1, edge - 1), ("sample_past_edge", 1, edge, 64)
     for work, samples, prompt, new in works:
-        peer = bench_peer.sampler(exact, params, [0] * prompt, new) if has_torch else None
+        peers = [("peer", "torch, no cache", bench_peer.sampler(exact, params, [0] * prompt, new))] if has_torch else []
         ours = partial(make_text, exact, params, [0] * prompt, new, samples)
-        report.add(work, "shakespeare", exact, samples, prompt, new, ours, peer, "torch, no cache", peer_batch=1)
+        report.add(work, "shakespeare", exact, samples, prompt, new, ours, peers, peer_batch=1)
 
 
 def bench_gpt2(report, name, folder, config, params, new):
@@ -153,9 +182,9 @@ def bench_gpt2(report, name, folder, config, params, new):
         return reference.generate(given, attention_mask=torch.ones_like(given), do_sample=False, **length)
 
     for work, ids, count in ("prefill", prompt, 1), ("decode", (2 * prompt)[:16], new):
-        calls = partial(ours, ids, count), partial(peer, ids, count) if reference else None
+        peers = [("peer", "transformers", partial(peer, ids, count))] if reference else []
         read = weights + slot * (len(ids) + count / 2) if count > 1 else 0
-        report.add(work, name, config, 1, len(ids), count, *calls, "transformers", read=read)
+        report.add(work, name, config, 1, len(ids), count, partial(ours, ids, count), peers, read=read)
     ours(ids, 1)
     report.results[-1]["ttft_ms"] = round(
         1e3 * statistics.median(seconds(partial(ours, ids, 1)) for _ in range(PAIRS)), 2
@@ -174,7 +203,7 @@ def measure(args, scratch):
             raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
         device = choose_devices(args.device)[0]
         if args.random:
-            name, folder = f"{args.random}-random", scratch
+            name, folder = f"{args.random}-random", scratch / "model"
             write_random(args.random, folder)
         else:
             name, folder, _ = find_model(args.model)
@@ -185,6 +214,8 @@ def measure(args, scratch):
             )
     except ValueError as error:
         fail(error)
+    jax.config.update("jax_compilation_cache_dir", str(scratch / "compiled"))  # an empty one, to compile from nothing
+    compilation_cache.reset_cache()
     report = Report(device)
     bench_shakespeare(report)
     bench_gpt2(report, name, folder, config, params, args.new_tokens)

@@ -1,12 +1,32 @@
-"""Where the work runs."""
+"""Where the work runs, and where XLA's results are kept."""
+
+import os
+import platform
+from pathlib import Path
 
 import jax
 
 NAMES = ("auto", "cpu", "gpu", "tpu")
 
 
+def keep_compiled():
+    """Compile once a machine, not once a run. JAX's own variables come first, JAX_ENABLE_COMPILATION_CACHE=0 too."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # by host: what is compiled for one machine's CPU is not for another's that shares the home folder
+        folder = home / "jax_nanogpt" / platform.node()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # a home that cannot be written
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def choose_devices(name):
     """All devices of a kind, made the default; auto is the best kind that JAX finds here."""
+    keep_compiled()
     if name not in NAMES:
         raise ValueError(f"device is {name}, one of {', '.join(NAMES)} is expected")
     try:

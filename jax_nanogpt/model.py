@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_nanogpt import speed
 from jax_nanogpt.dropout import Dropout
 
 
@@ -28,11 +29,17 @@ class GPTConfig:
     bias: bool = True  # in the linears and layer norms; without is a little faster, GPT-2 has it
     dropout: float = 0.0
     dtype: str = "float32"  # of the arithmetic; parameters keep the type they are stored in
+    fast: bool = True  # on a CPU multiply as speed.py does
+
+    @property
+    def dot_general(self):
+        return speed.dot_general if self.fast else lax.dot_general
 
 
 def linear(config, width, name, std=0.02):
     init = nn.initializers.normal(std)
-    return nn.Dense(width, use_bias=config.bias, dtype=config.dtype, kernel_init=init, name=name)
+    options = {"dtype": config.dtype, "dot_general": config.dot_general}
+    return nn.Dense(width, use_bias=config.bias, kernel_init=init, name=name, **options)
 
 
 def residual_linear(config, name):
@@ -56,7 +63,9 @@ class CausalSelfAttention(nn.Module):
         qkv = qkv.reshape(B, T, 3, c.n_head, C // c.n_head).transpose(2, 0, 3, 1, 4)  # 3, B, H, T, D
         q, k, v = qkv
         if cache is not None:
-            k, v = cache = lax.dynamic_update_slice(cache, qkv[1:], (0, 0, 0, start, 0))  # B, H, S, D
+            k, v = cache = lax.dynamic_update_slice(
+                cache, qkv[1:].astype(cache.dtype), (0, 0, 0, start, 0)
+            )  # B, H, S, D
         seen = jnp.arange(k.shape[2]) <= start + jnp.arange(T)[:, None]  # T, S
         scores = (q @ k.swapaxes(-2, -1)).astype(jnp.float32) / math.sqrt(q.shape[-1])  # B, H, T, S
         weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
@@ -111,7 +120,8 @@ class GPT(nn.Module):
         x = layer_norm(c, "ln_f")(x)
         if only is not None:
             x = lax.dynamic_slice_in_dim(x, only, 1, axis=1)  # B, 1, C
-        logits = jnp.einsum("btc,vc->btv", x, wte.astype(c.dtype), preferred_element_type=jnp.float32)
+        summed = ((2,), (1,)), ((), ())  # over C
+        logits = c.dot_general(x, wte.astype(c.dtype), summed, preferred_element_type=jnp.float32)
         return logits, new_caches
 
 

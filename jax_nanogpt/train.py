@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -60,6 +60,7 @@ class Config:
     # batches: an iteration's tokens are batch_size * gradient_accumulation_steps * block_size
     batch_size: int = 12
     gradient_accumulation_steps: int = 40
+    draw: str = "anywhere"  # windows that begin anywhere, or epochs: side by side, each once before any comes again
     # optimizer
     optimizer: str = "adamw"  # or muon, for the matrices, and adamw for the rest
     learning_rate: float = 6e-4
@@ -79,6 +80,7 @@ class Config:
     seed: int = 1337
     dtype: str = "bfloat16"  # or float32; parameters and optimizer are float32 in either
     device: str = "auto"  # or cpu, gpu, tpu
+    fast: bool = True  # on a CPU multiply as speed.py does; it makes no difference elsewhere
     iters_per_call: int = 10  # iterations that one jitted call makes, with no trip back to Python between them
 
     def check(self):
@@ -86,6 +88,7 @@ class Config:
             "optimizer": ("adamw", "muon"),
             "schedule": ("cosine", "linear", "constant"),
             "dtype": ("float32", "bfloat16"),
+            "draw": ("anywhere", "epochs"),
         }
         for key, choices in allowed.items():
             if getattr(self, key) not in choices:
@@ -140,13 +143,26 @@ def cut(data, starts, block_size):
     return data[starts[..., None] + np.arange(block_size + 1)].astype(np.int32)
 
 
+@lru_cache(maxsize=2)
+def epoch_starts(tokens, block_size, seed, epoch):
+    """Windows side by side in random order; where the first begins is random too."""
+    draw, windows = np.random.default_rng((seed, epoch)), max(1, tokens // block_size - 1)
+    return draw.integers(tokens - windows * block_size) + block_size * draw.permutation(windows)
+
+
 def batches(data, config, first, count):
     """Iterations first, first + 1, ...: [count, accumulation, B, T + 1]. An iteration's draw hangs on nothing
     but the seed and its number, so that a resumed run sees what an unbroken one would have."""
+    T, seed = config.block_size, config.seed
     shape = config.gradient_accumulation_steps, config.batch_size
-    draws = [np.random.default_rng((config.seed, i)) for i in range(first, first + count)]
-    starts = np.stack([draw.integers(len(data) - config.block_size, size=shape) for draw in draws])
-    return cut(data, starts, config.block_size)
+    if config.draw == "epochs":
+        windows, each = len(epoch_starts(len(data), T, seed, 0)), math.prod(shape)
+        numbers = (divmod(n, windows) for n in range(first * each, (first + count) * each))
+        starts = np.array([epoch_starts(len(data), T, seed, epoch)[n] for epoch, n in numbers]).reshape(count, *shape)
+    else:
+        draws = [np.random.default_rng((seed, i)) for i in range(first, first + count)]
+        starts = np.stack([draw.integers(len(data) - T, size=shape) for draw in draws])
+    return cut(data, starts, T)
 
 
 # --- the jitted functions
@@ -252,7 +268,7 @@ def stop_at_interrupt():
 def first_model(config, dataset):
     """(GPTConfig, params, iteration) to start from, as init_from says, and the folder that holds its tokenizer."""
     tokenizer = load_tokenizer(dataset)
-    own = {"dropout": config.dropout, "dtype": config.dtype}
+    own = {"dropout": config.dropout, "dtype": config.dtype, "fast": config.fast}
     if config.init_from == "scratch":
         shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
         model_config = GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own)

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -16,6 +17,7 @@ import pytest
 
 from jax_nanogpt.data import corpus
 from jax_nanogpt.data.openwebtext import prepare as openwebtext
+from jax_nanogpt.train import Config, batches
 from shared.tokenizer import find_model, load_tokenizer
 
 DATA = Path(corpus.__file__).parent
@@ -147,3 +149,26 @@ def test_openwebtext_without_datasets_is_one_line(monkeypatch, capsys):
         runpy.run_path(openwebtext.__file__, run_name="__main__")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "the package datasets is missing: pip install datasets\n"
+
+
+def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
+    config = Config(draw="epochs", block_size=16, batch_size=4, gradient_accumulation_steps=2)
+    text, windows = np.arange(1000, dtype=np.uint16), 1000 // 16 - 1
+    examples = batches(text, config, 0, 20)
+    assert examples.shape == (20, 2, 4, 17) and (np.diff(examples) == 1).all()
+    starts = examples[..., 0].ravel()
+    epochs = starts[:windows], starts[windows : 2 * windows]
+    for epoch in epochs:  # side by side: together they are one unbroken stretch
+        assert np.diff(np.sort(epoch)).tolist() == [16] * (windows - 1) and np.diff(epoch).min() < 0
+    assert (epochs[0] // 16).tolist() != (epochs[1] // 16).tolist()
+    np.testing.assert_array_equal(batches(text, config, 7, 3), examples[7:10])  # as a resumed run asks for them
+    other = batches(text, replace(config, seed=1), 0, 20)
+    assert (other != examples).any()
+
+
+@pytest.mark.parametrize("draw", ["anywhere", "epochs"])
+@pytest.mark.parametrize("tokens", [17, 18, 32, 33, 48])
+def test_a_text_of_hardly_more_than_a_window_is_enough(draw, tokens):
+    config = Config(draw=draw, block_size=16, batch_size=4, gradient_accumulation_steps=1)
+    examples = batches(np.arange(tokens, dtype=np.uint16), config, 0, 50)
+    assert examples.min() == 0 and examples.max() == tokens - 1
