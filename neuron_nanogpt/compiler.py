@@ -42,13 +42,14 @@ def why_no_neuron():
 
 
 class CPU:
-    name = "cpu"
+    name, target = "cpu", None
+    software = f"TorchScript of torch {torch.__version__}"
 
     def __init__(self, missing):
         self.missing = missing
 
     def describe(self):
-        return f"cpu: TorchScript of torch {torch.__version__}" + (f", {self.missing}" if self.missing else "")
+        return f"cpu: {self.software}" + (f", {self.missing}" if self.missing else "")
 
     def about(self):
         return {"device": "cpu", "target": None, "compiler_args": [], "versions": {"torch": torch.__version__}}
@@ -82,9 +83,10 @@ class Neuron:
         fixed = [f"--target={target}", "--model-type=transformer", "--auto-cast=none", "--enable-saturate-infinity"]
         self.compiler_args = fixed + compiler_args
         self.versions = {name: version(name) for name in ("torch", "torch-neuronx", "neuronx-cc")}
+        self.software = f"torch-neuronx {self.versions['torch-neuronx']}"
 
     def describe(self):
-        return f"neuron: torch-neuronx {self.versions['torch-neuronx']}, {self.target}"
+        return f"neuron ({self.target}): {self.software}"
 
     def about(self):
         about = {"device": "neuron", "target": self.target, "compiler_args": self.compiler_args}

@@ -122,8 +122,7 @@ class GPT(nn.Module):
         return weight_loader.load(weight_loader.find_folder(model), dtype)
 
 
-def count_params(gpt):
+def count_params(config):
     """As published: the tied head counts once, though a model prepared for the CPU holds it twice."""
-    c = gpt.config
-    block = 12 * c.n_embd**2 + 13 * c.n_embd
-    return (c.vocab_size + c.block_size + 2) * c.n_embd + c.n_layer * block
+    block = 12 * config.n_embd**2 + 13 * config.n_embd
+    return (config.vocab_size + config.block_size + 2) * config.n_embd + config.n_layer * block

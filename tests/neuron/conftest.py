@@ -1,0 +1,63 @@
+"""No test asks a hub. Random models are tiny, and every test has a folder of its own to leave graphs in."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
+
+import pytest
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
+import standin
+
+from neuron_nanogpt import compiler, weight_loader
+
+
+def _random_checkpoint(folder, layers=2, heads=2, width=32, vocab=50, positions=16):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=vocab, n_positions=positions, n_layer=layers, n_head=heads, n_embd=width, initializer_range=0.3
+    )
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():  # as fresh, biases are 0 and norms 1: a loader that loses them would pass
+        for parameter in reference.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    reference.save_pretrained(folder)
+    return reference
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint():
+    return _random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(folder, transformers' model) of a random GPT-2 with 16 positions."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, _random_checkpoint(folder)
+
+
+@pytest.fixture
+def gpt(tiny):
+    return weight_loader.load(tiny[0])
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def neuron(monkeypatch, tmp_path):
+    """A machine with a NeuronCore, as far as the scripts can see."""
+    module = standin.make()
+    monkeypatch.setitem(sys.modules, "torch_neuronx", module)
+    monkeypatch.setattr(compiler, "DRIVER", tmp_path)
+    return module

@@ -1,0 +1,139 @@
+"""torch_neuronx for the tests: its documented contract, enforced, around TorchScript on the CPU.
+
+What it refuses, the real one refuses or gets wrong: arguments by position, inputs that are no tensors, other shapes or
+dtypes than those traced, aliases of what is no parameter, control flow that depends on data. As there, the state is in
+`trace.states`, and move_trace_to_device puts other tensors in its place.
+"""
+
+import importlib.machinery
+import types
+
+import torch
+import torch.nn as nn
+from torch.func import functional_call
+
+TARGETS = ("inf2", "trn1", "trn1n", "trn2", "trn3")
+
+
+class Graph(nn.Module):
+    """The function with its states as inputs."""
+
+    def __init__(self, func, names, count):
+        super().__init__()
+        self.func, self.names, self.count = func, names, count
+
+    def forward(self, tensors: list[torch.Tensor]):
+        states = dict(zip(self.names, tensors[self.count :], strict=True))
+        out = functional_call(self.func, states, tuple(tensors[: self.count]))
+        return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+class NeuronModule(nn.Module):
+    def __init__(self, graph, states, inputs, outputs: list[int], shown: int):
+        super().__init__()
+        self.graph = graph
+        self.states = nn.ParameterList(nn.Parameter(state.clone(), requires_grad=False) for state in states)
+        self.shapes: list[list[int]] = [list(tensor.shape) for tensor in inputs]
+        self.dtypes: list[int] = [number(tensor.dtype) for tensor in inputs]
+        self.outputs: list[int] = outputs
+        self.shown: int = shown
+
+    def forward(self, first, second):
+        tensors = [first, second]
+        for tensor, shape, dtype in zip(tensors, self.shapes, self.dtypes):  # noqa: B905, TorchScript knows no strict
+            assert list(tensor.shape) == shape, "the shape is not the one traced"
+            assert tensor.dtype == dtype, "the dtype is not the one traced"
+        for state in self.states:
+            tensors.append(state)
+        out = self.graph(tensors)
+        for i, state in enumerate(self.states):
+            state.copy_(out[self.outputs[i]])
+        return out[: self.shown]
+
+
+def number(dtype):
+    """TorchScript's number of a dtype."""
+
+    @torch.jit.script
+    def numbered(tensor):
+        return tensor.dtype
+
+    return numbered(torch.zeros(1, dtype=dtype))
+
+
+def other(tensor):
+    """Other data of the same shape: small numbers, which are a token's id, a length and a position alike."""
+    if tensor.is_floating_point():
+        return torch.randn_like(tensor)
+    return torch.randint(2, 4, tensor.shape, dtype=tensor.dtype)
+
+
+def make(aliased_are_returned=False):
+    """A module torch_neuronx with a record of its calls. The documents do not say whether aliased outputs come back."""
+    module = types.ModuleType("torch_neuronx")
+    module.__spec__ = importlib.machinery.ModuleSpec("torch_neuronx", None)
+    module.traced, module.moved, module.parallel = [], [], []
+
+    def trace(
+        func,
+        example_inputs,
+        *_,
+        input_output_aliases={},  # noqa: B006, as documented
+        compiler_workdir=None,
+        compiler_args=None,
+        partitioner_config=None,
+        inline_weights_to_neff=True,
+        cpu_backend=False,
+    ):
+        if _:
+            raise TypeError("what follows example_inputs is given by keyword")
+        if not isinstance(example_inputs, tuple) or not all(isinstance(x, torch.Tensor) for x in example_inputs):
+            raise TypeError("example_inputs is a tuple of tensors")
+        options = compiler_args.split() if isinstance(compiler_args, str) else list(compiler_args or [])
+        targets = [option.partition("=")[2] for option in options if option.startswith("--target")]
+        if any(target not in TARGETS for target in targets) or cpu_backend and not targets:
+            raise ValueError(f"--target {targets}")
+        parameters = {id(parameter): name for name, parameter in func.named_parameters()}
+        if not all(id(parameter) in parameters for parameter in input_output_aliases):
+            raise ValueError("input_output_aliases names what is no parameter of the function")
+        names, states = [parameters[id(p)] for p in input_output_aliases], list(input_output_aliases)
+        outputs = list(input_output_aliases.values())
+
+        graph = Graph(func, names, len(example_inputs))
+        before = [state.clone() for state in states]
+        compiled = torch.jit.trace(graph, ([*example_inputs, *states],), check_trace=False, strict=False)
+        out = compiled([*example_inputs, *states])
+        if not all(torch.equal(state, old) for state, old in zip(states, before, strict=True)):
+            raise RuntimeError("the function changes its state in place: it is to return the new one")
+        for state, index in zip(states, outputs, strict=True):
+            if not 0 < index < len(out) or (out[index].shape, out[index].dtype) != (state.shape, state.dtype):
+                raise ValueError(f"output {index} is not the new value of the parameter that is aliased to it")
+        data = [*map(other, example_inputs), *map(torch.randn_like, states)]
+        for replayed, computed in zip(compiled(data), graph(data), strict=True):
+            if not torch.allclose(replayed, computed, atol=1e-3):
+                raise RuntimeError("control flow depends on data: the trace gives another result than the function")
+        shown = len(out) if aliased_are_returned else len(out) - len(outputs)
+        module.traced.append(
+            types.SimpleNamespace(kind=type(func).__name__, args=options, inline=inline_weights_to_neff, names=names)
+        )
+        return torch.jit.script(NeuronModule(compiled, states, example_inputs, outputs, shown))
+
+    def move_trace_to_device(trace, device_id):
+        assert isinstance(device_id, int)
+        for name, state in trace.states.named_parameters():
+            trace.states._parameters[name] = state.clone()
+        module.moved.append(device_id)
+
+    class DataParallel:
+        def __init__(self, model, device_ids=None, dim=0, set_dynamic_batching=True):
+            assert not [name for name, _ in model.named_parameters() if name.startswith("states.")]
+            self.model, self.devices, self.dim = model, device_ids, dim
+            module.parallel.append(device_ids)
+
+        def __call__(self, *tensors):
+            shards = zip(*(tensor.chunk(len(self.devices), self.dim) for tensor in tensors), strict=True)
+            outs = [self.model(*shard) for shard in shards]
+            return [torch.cat(parts, self.dim) for parts in zip(*outs, strict=True)]
+
+    module.trace, module.move_trace_to_device, module.DataParallel = trace, move_trace_to_device, DataParallel
+    return module

@@ -1,0 +1,220 @@
+"""Graphs: the same logits as the model, saved without weights, used again only where nothing changed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from neuron_nanogpt import compiler, kernels, weight_loader
+from neuron_nanogpt.run_model import Cached, NeuronStep, Window, choose_buckets, generate, padded
+from shared.sampling import Sampler
+
+STEP = Path("gpt2_step_neuron.pt")
+FACTS = {"model": "tiny", "weights": "a hash", "dtype": "float32"}
+
+
+def make(gpt, batch=1, buckets="4,8,16", window=None, recompile=False, facts=FACTS):
+    engine, told = compiler.CPU("no Neuron"), []
+
+    def build(module, inputs, name, more, aliases=None):
+        return compiler.build(engine, module, inputs, Path(name), facts | more, aliases, recompile, told.append)
+
+    gpt = gpt if gpt.lm_head.weight.is_mkldnn else engine.prepare(gpt)
+    runner = (
+        Window(build, gpt, batch, window) if window else Cached(build, engine, gpt, batch, choose_buckets(buckets, 16))
+    )
+    return runner, told
+
+
+def crops(reference, rows, width=16):
+    """transformers' logits for each text's last `width` tokens: what nanoGPT's crop gives."""
+    return np.stack([reference(torch.tensor([row[-width:]])).logits[0, -1].numpy() for row in rows])
+
+
+def greedy(runner, rows, count):
+    rows = [row.copy() for row in rows]
+    for _ in generate(runner, rows, count, Sampler(temperature=0)):
+        pass
+    return rows
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits_are_those_of_transformers_across_the_edge_of_the_context(batch, gpt, tiny):
+    runner, _ = make(gpt, batch)
+    rows = [[7, 3, 9], [1], [5, 4, 3, 2, 1, 0]][:batch]
+    for _, logits in generate(runner, rows, 30, Sampler(temperature=1, seed=0)):
+        np.testing.assert_allclose(logits, crops(tiny[1], [row[:-1] for row in rows]), atol=1e-4, rtol=0)
+    assert min(map(len, rows)) > 16
+
+
+def test_window_and_cache_agree_with_transformers_for_200_tokens(gpt, tiny):
+    text = [7, 3, 9]
+    expected = text.copy()
+    for _ in range(200):
+        expected.append(int(crops(tiny[1], [expected])[0].argmax()))
+    assert greedy(make(gpt)[0], [text], 200) == [expected]
+    assert greedy(make(gpt, window=16, recompile=True)[0], [text], 200) == [expected]
+
+
+def test_a_short_window_is_the_crop_to_it(gpt, tiny):
+    runner, _ = make(gpt, window=5)
+    rows = [[7, 3]]
+    for _, logits in generate(runner, rows, 12, Sampler(temperature=1, seed=0)):
+        np.testing.assert_allclose(logits, crops(tiny[1], [rows[0][:-1]], 5), atol=1e-4, rtol=0)
+
+
+def test_a_row_is_the_same_alone_and_beside_others(gpt):
+    texts = [[7, 3, 9], [1, 2, 3, 4, 5, 6, 7], [1]]
+    together = greedy(make(gpt, 3)[0], texts, 20)
+    for text, made in zip(texts, together, strict=True):
+        assert greedy(make(gpt, recompile=True)[0], [text], 20) == [made]
+
+
+def test_a_new_text_owes_nothing_to_the_one_before(gpt):
+    runner, _ = make(gpt)
+    alone = greedy(make(gpt)[0], [[1, 2]], 8)
+    greedy(runner, [[9, 8, 7, 6, 5]], 9)
+    assert greedy(runner, [[1, 2]], 8) == alone
+    assert greedy(runner, [[1, 2]], 8) == alone
+
+
+def test_the_smallest_bucket_that_holds_the_prompt_is_taken(gpt):
+    for length, bucket in (1, 4), (4, 4), (5, 8), (9, 16), (16, 16), (40, 16):
+        runner, told = make(gpt, recompile=True)
+        runner.logits([[1] * length])
+        assert [line.split(":")[0] for line in told] == [str(STEP), f"gpt2_prefill_{bucket}_neuron.pt"]
+
+
+def test_default_buckets_are_powers_of_two_up_to_the_context():
+    assert choose_buckets(None, 1024) == [128, 256, 512, 1024]
+    assert choose_buckets(None, 200) == [128, 200]
+    assert choose_buckets(None, 16) == [16]
+
+
+def test_files_hold_no_weights_and_an_empty_cache(gpt):
+    runner, _ = make(gpt)
+    greedy(runner, [[1, 2]], 5)
+    make(gpt)[0].logits([[1, 2]])
+    for path in STEP, Path("gpt2_prefill_4_neuron.pt"):
+        for name, tensor in torch.jit.load(path).state_dict().items():
+            assert not tensor.any(), name
+            assert tensor.untyped_storage().nbytes() <= 4, name
+
+
+def test_all_graphs_share_the_weights_of_the_model(gpt):
+    runner, _ = make(gpt)
+    runner.logits([[1, 2]])
+    runner.logits([[1] * 10])
+    expected = gpt.wpe.weight.data_ptr()
+    for graph in runner.decode, *runner.prefills.values():
+        held = {v.data_ptr() for v in graph.code_with_constants[1].const_mapping.values() if not v.is_mkldnn}
+        assert expected in held
+        assert not any(v.is_mkldnn for v in graph.code_with_constants[1].const_mapping.values())
+
+
+def test_an_artifact_is_used_again(gpt):
+    first = make(gpt)
+    expected = first[0].logits([[1, 2]])
+    stamp = STEP.stat().st_mtime_ns
+    again = make(gpt)
+    np.testing.assert_array_equal(again[0].logits([[1, 2]]), expected)
+    assert [line.split()[1] for line in first[1]] == ["traced", "traced"]
+    assert [line.split()[1] for line in again[1]] == ["reused", "reused"]
+    assert STEP.stat().st_mtime_ns == stamp
+
+
+def test_the_sidecar_says_what_the_graph_was_made_from(gpt):
+    make(gpt, batch=2)
+    sidecar = json.loads(STEP.with_suffix(".json").read_text())
+    assert sidecar["sha256"] == hashlib.sha256(STEP.read_bytes()).hexdigest()
+    assert sidecar["inputs"] == [[[2, 1], "torch.int64"], [[2], "torch.int64"]]
+    assert sidecar["versions"] == {"torch": torch.__version__} and sidecar["device"] == "cpu"
+    assert sidecar["graph"] == "decode" and FACTS.items() <= sidecar.items()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"batch": 2}, "inputs was [[[1, 1]"),
+        ({"window": 8}, "graph was decode and is window"),
+        ({"facts": FACTS | {"weights": "another"}}, "the weights changed"),
+        ({"facts": FACTS | {"dtype": "bfloat16"}}, "dtype was float32 and is bfloat16"),
+        ({"recompile": True}, "it is asked for"),
+    ],
+)
+def test_an_artifact_of_something_else_is_traced_again_and_says_why(change, why, gpt):
+    make(gpt)
+    _, told = make(gpt, **change)
+    assert told[0].startswith(f"{STEP}: traced in ") and f"s, for {why}" in told[0]
+    assert "reused" in make(gpt, **{k: v for k, v in change.items() if k != "recompile"})[1][0]
+
+
+def test_a_change_of_the_model_code_is_noticed(gpt, monkeypatch):
+    make(gpt)
+    monkeypatch.setattr(compiler, "hash_code", lambda kind: "of a changed file")
+    assert make(gpt)[1][0].endswith("for the code changed")
+
+
+def truncate():
+    STEP.write_bytes(STEP.read_bytes()[:-100])
+
+
+def replace():
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), STEP)
+
+
+def orphan():
+    STEP.with_suffix(".json").unlink()
+
+
+def damage():
+    STEP.with_suffix(".json").write_text("[")
+
+
+@pytest.mark.parametrize("harm", [truncate, replace, orphan, damage])
+def test_a_file_that_nobody_vouches_for_is_not_loaded(harm, gpt, monkeypatch):
+    make(gpt)
+    harm()
+    monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match="delete it, or say --recompile") as caught:
+        make(gpt)
+    assert "\n" not in str(caught.value) and str(STEP) in str(caught.value)
+    monkeypatch.undo()
+
+
+def test_recompile_replaces_a_foreign_file(gpt, tmp_path, monkeypatch):
+    make(gpt)
+    replace()
+    assert "traced" in make(gpt, recompile=True)[1][0]
+    assert "reused" in make(gpt)[1][0]
+
+
+def test_what_fails_leaves_no_file(gpt, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiler.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make(gpt)
+    assert not list(Path().iterdir())
+
+
+def test_the_window_graph_takes_the_length_as_data(gpt, tiny):
+    """One trace, with a text of one token in it, serves texts of every length."""
+    graph = torch.jit.freeze(torch.jit.trace(NeuronStep(kernels.prepare(gpt)).eval(), padded([[0]], 16)))
+    for length in range(1, 17):
+        row = torch.randint(50, (length,)).tolist()
+        np.testing.assert_allclose(graph(*padded([row], 16)), crops(tiny[1], [row]), atol=1e-4, rtol=0)
+
+
+def test_weights_of_another_checkpoint_have_another_fingerprint(tiny, tmp_path):
+    for name in "config.json", "model.safetensors":
+        (tmp_path / name).write_bytes((tiny[0] / name).read_bytes())
+    assert weight_loader.fingerprint(tmp_path) == weight_loader.fingerprint(tiny[0])
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert weight_loader.fingerprint(tmp_path) != weight_loader.fingerprint(tiny[0])

@@ -1,0 +1,121 @@
+"""The model against transformers' GPT-2, and what tracing and padding must not change."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neuron_nanogpt import kernels, weight_loader
+from neuron_nanogpt.model import GPT, GPTConfig, count_params
+from neuron_nanogpt.run_model import Decode, padded
+
+SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-xl": (3, 25, 1600)}  # -xl with fewer layers
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_those_of_transformers(name, random_checkpoint, tmp_path):
+    reference = random_checkpoint(tmp_path, *SHAPES[name], vocab=1000, positions=64)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.07)  # a spread as in GPT-2
+    reference.save_pretrained(tmp_path)
+    ids = torch.randint(1000, (2, 64))
+    expected = reference(ids).logits
+    gpt = weight_loader.load(tmp_path)
+    torch.testing.assert_close(gpt(ids)[0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(kernels.prepare(gpt)(ids)[0], expected, atol=1e-4, rtol=0)
+
+
+def test_from_pretrained_takes_names_and_folders(tiny):
+    assert GPT.from_pretrained("gpt2-nano").config.n_embd == 256
+    assert GPT.from_pretrained(tiny[0], torch.bfloat16).wte.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="gpt2-xl is not in the local cache"):
+        GPT.from_pretrained("gpt2-xl")
+    with pytest.raises(ValueError, match="'nowhere' is neither"):
+        GPT.from_pretrained("nowhere")
+
+
+def test_parameters_are_counted_as_published():
+    assert count_params(GPTConfig()) == 124_439_808
+
+
+def test_a_padded_text_has_the_logits_of_the_text(gpt, tiny):
+    """Whatever the padding is made of: under a causal mask nothing looks at it."""
+    for length in range(1, 17):
+        text = torch.randint(50, (1, length))
+        for junk in torch.randint(50, (3, 16)):
+            ids = torch.cat([text[0], junk[length:]])[None]
+            logits = gpt(ids, torch.tensor([length]))[0]
+            torch.testing.assert_close(logits, tiny[1](text).logits[:, -1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prepare", [lambda gpt: gpt, kernels.prepare], ids=["functional", "in place"])
+def test_a_cached_step_has_the_logits_of_the_whole_text(prepare, gpt, tiny):
+    texts = torch.randint(50, (3, 16))
+    decode = Decode(prepare(gpt), 3)
+    for state in decode.cache:
+        state.normal_()  # what an earlier text left
+    cache = list(decode.cache)
+    ahead = torch.tensor([0, 2, 5])  # the rows need not be at the same place
+    for row in range(3):
+        made = gpt(texts[row : row + 1, :8])[1]
+        for slots, new in zip(cache, made, strict=True):
+            slots[row, :, :8] = new[0]
+    for step in range(8):
+        positions = ahead + step
+        tokens = texts.gather(1, positions[:, None])
+        logits, cache = gpt(tokens, cache=cache, positions=positions)
+        for row, position in enumerate(positions):
+            expected = tiny[1](texts[row : row + 1, : position + 1]).logits[0, -1]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
+
+
+def test_no_position_sees_a_later_one(gpt):
+    ids = torch.randint(50, (1, 16))
+    other = ids.clone()
+    other[0, 9] = (ids[0, 9] + 1) % 50
+    changed = (gpt(ids)[0] != gpt(other)[0]).any(dim=-1)[0]
+    assert not changed[:9].any() and changed[9:].all()
+
+
+def test_padded_keeps_the_end_of_a_long_text():
+    ids, length = padded([[1, 2, 3, 4, 5], [6]], 3)
+    assert ids.tolist() == [[3, 4, 5], [6, 0, 0]] and length.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"activation_function": "relu"}, "activation_function is 'relu'"),
+        ({"n_head": 3}, "n_embd is 32, a multiple of n_head"),
+        ({"n_layer": -1}, "n_layer is -1, a whole number above 0"),
+        ({"n_layer": 3}, "12 tensors are missing: h.2.ln_1.weight"),
+        ({"n_inner": 7}, "n_inner is 7"),
+        ({"vocab_size": 51}, "wte.weight"),
+    ],
+)
+def test_a_checkpoint_that_is_another_model_is_refused(change, complaint, tiny, tmp_path):
+    config = json.loads((tiny[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    save_file(load_file(tiny[0] / "model.safetensors"), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=complaint):
+        weight_loader.load(tmp_path)
+
+
+def test_damaged_weights_are_refused(tiny, tmp_path):
+    (tmp_path / "config.json").write_text((tiny[0] / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        weight_loader.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tiny[0] / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        weight_loader.load(tmp_path)
+
+
+def test_bfloat16_is_near(tiny, gpt):
+    ids = torch.randint(50, (1, 16))
+    exact = gpt(ids)[0]
+    rough = kernels.prepare(weight_loader.load(tiny[0], torch.bfloat16))(ids)[0]
+    assert rough.dtype == torch.float32
+    assert 0 < np.abs(rough - exact).max() < 0.05 * exact.abs().max()
