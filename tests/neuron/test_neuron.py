@@ -1,0 +1,152 @@
+"""The hardware's path from end to end, on a stand-in that enforces what torch_neuronx documents."""
+
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import standin
+import torch
+import torch.nn as nn
+
+from neuron_nanogpt import compiler, run_model
+
+FLAGS = ("--model=gpt2-nano", "--prompt=ROMEO:", "--temperature=0", "--max-new-tokens=12", "--dump=d.npz")
+FIXED = ["--target=trn1", "--model-type=transformer", "--auto-cast=none", "--enable-saturate-infinity"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["run_model.py", *FLAGS, *flags])
+        run_model.main()
+        return capsys.readouterr().out, np.load("d.npz")
+
+    return call
+
+
+@pytest.mark.parametrize("aliased_are_returned", [False, True])
+def test_the_device_makes_the_text_that_the_cpu_makes(aliased_are_returned, run, neuron, monkeypatch):
+    _, cpu = run("--device=cpu")
+    monkeypatch.setattr(neuron, "trace", standin.make(aliased_are_returned).trace)
+    printed, device = run("--recompile")
+    assert printed.startswith("gpt2-nano (3.6M parameters) on neuron (trn1): torch-neuronx ")
+    np.testing.assert_array_equal(device["tokens"], cpu["tokens"])
+    np.testing.assert_allclose(device["logits"], cpu["logits"], atol=1e-4, rtol=0)
+    assert run("--device=neuron")[0].count("reused") == 2
+
+
+def test_what_is_asked_of_the_compiler(run, neuron):
+    run("--compiler-args=--optlevel=3 --verbose=35")
+    decode, prefill = neuron.traced
+    assert (decode.kind, prefill.kind) == ("Decode", "Prefill")
+    assert decode.args == prefill.args == [*FIXED, "--optlevel=3", "--verbose=35"]
+    assert not decode.inline and not prefill.inline
+    assert decode.names == [f"cache.{i}" for i in range(8)] and prefill.names == []
+    assert neuron.moved == [0, 0]
+    sidecar = json.loads(Path("gpt2_step_neuron.json").read_text())
+    assert sidecar["compiler_args"] == decode.args and sidecar["target"] == "trn1"
+
+
+def test_another_target_is_compiled_for_again(run, neuron):
+    run()
+    printed, _ = run("--target=inf2")
+    assert "for target was trn1 and is inf2" in printed
+    assert neuron.traced[-1].args[0] == "--target=inf2"
+
+
+def test_a_cache_is_zeroed_before_it_is_saved(run, neuron):
+    run()
+    states = [p for n, p in torch.jit.load("gpt2_step_neuron.pt").named_parameters() if n.startswith("states.")]
+    assert len(states) == 8 and not any(state.any() for state in states)
+
+
+def test_a_window_over_several_cores_is_the_window_over_one(run, neuron):
+    _, one = run("--window", "--batch=4")
+    _, two = run("--window", "--batch=4", "--cores=2")
+    np.testing.assert_array_equal(one["tokens"], two["tokens"])
+    assert neuron.parallel == [[0, 1]] and neuron.traced[-1].kind == "NeuronStep"
+
+
+def test_verify_says_how_far_the_device_is_from_the_cpu(run, neuron, capsys):
+    for flags in [], ["--dtype=bfloat16"], ["--window"]:
+        with pytest.raises(SystemExit) as caught:
+            run("--verify", *flags)
+        assert caught.value.code == 0 and "as expected" in capsys.readouterr().out
+
+
+def test_verify_notices_a_device_that_is_wrong(run, neuron, monkeypatch, capsys):
+    monkeypatch.setattr(run_model.Cached, "logits", lambda self, rows: np.ones((1, 1408), np.float32))
+    with pytest.raises(SystemExit) as caught:
+        run("--verify")
+    assert caught.value.code == 1 and "NOT as expected" in capsys.readouterr().out
+
+
+def test_without_a_core_or_the_real_package_auto_is_the_cpu_and_neuron_an_error(monkeypatch, neuron, tmp_path):
+    assert compiler.choose("auto", "trn1", []).name == "neuron" and compiler.choose("cpu", "trn1", []).name == "cpu"
+    placeholder = types.ModuleType("torch_neuronx")
+    placeholder.__spec__ = importlib.machinery.ModuleSpec("torch_neuronx", None)
+    for reason, change in (
+        ("there is no ", lambda: monkeypatch.setattr(compiler, "DRIVER", tmp_path / "none")),
+        ("empty placeholder", lambda: monkeypatch.setitem(sys.modules, "torch_neuronx", placeholder)),
+        ("is not installed", lambda: monkeypatch.delitem(sys.modules, "torch_neuronx")),
+    ):
+        change()
+        assert reason in compiler.choose("auto", "trn1", []).describe()
+        with pytest.raises(ValueError, match=reason):
+            compiler.choose("neuron", "trn1", [])
+
+
+# -- the stand-in itself: it would notice
+
+
+class Count(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.state = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+    def forward(self, x, y):
+        return x + y, self.state + x
+
+
+class Branch(nn.Module):
+    def forward(self, x, y):
+        return x + 1 if x.sum() > 0 else y
+
+
+class InPlace(Count):
+    def forward(self, x, y):
+        return x + y, self.state.add_(x)
+
+
+def test_the_stand_in_refuses_what_the_documents_forbid():
+    trace, count, inputs = standin.make().trace, Count(), (torch.zeros(2), torch.zeros(2))
+    for error, call in (
+        (TypeError, lambda: trace(count, inputs, {})),
+        (TypeError, lambda: trace(count, [*inputs])),
+        (ValueError, lambda: trace(count, inputs, compiler_args="--target=h100")),
+        (ValueError, lambda: trace(count, inputs, cpu_backend=True)),
+        (ValueError, lambda: trace(count, inputs, input_output_aliases={torch.zeros(2): 1})),
+        (ValueError, lambda: trace(count, inputs, input_output_aliases={count.state: 2})),
+        (RuntimeError, lambda: trace(Branch(), (torch.zeros(9), torch.zeros(9)))),
+        (RuntimeError, lambda: trace((f := InPlace()), (torch.ones(2),) * 2, input_output_aliases={f.state: 1})),
+    ):
+        with pytest.raises(error):
+            call()
+    graph = trace(count, inputs, input_output_aliases={count.state: 1})
+    for wrong in torch.zeros(3), torch.zeros(2, dtype=torch.int64):
+        with pytest.raises(torch.jit.Error, match="is not the one traced"):
+            graph(wrong, torch.zeros(2))
+
+
+def test_the_stand_in_keeps_its_state_on_the_device():
+    module, count = standin.make(), Count()
+    graph = module.trace(count, (torch.zeros(2), torch.zeros(2)), input_output_aliases={count.state: 1})
+    before = next(graph.states.parameters())
+    module.move_trace_to_device(graph, 0)
+    for _ in range(3):
+        graph(torch.ones(2), torch.zeros(2))
+    assert next(graph.states.parameters()).tolist() == [3, 3] and before.tolist() == [0, 0]
