@@ -320,6 +320,8 @@ def main():
         gpt = engine.prepare(gpt.to(DTYPES[args.dtype]))
         runner = make_runner(args, engine, gpt, facts)
         near = eager.compare(runner, args.dtype)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         fail(error)
     if args.verify:

@@ -10,7 +10,6 @@ import types
 
 import torch
 import torch.nn as nn
-from torch.func import functional_call
 
 TARGETS = ("inf2", "trn1", "trn1n", "trn2", "trn3")
 
@@ -23,8 +22,16 @@ class Graph(nn.Module):
         self.func, self.names, self.count = func, names, count
 
     def forward(self, tensors: list[torch.Tensor]):
-        states = dict(zip(self.names, tensors[self.count :], strict=True))
-        out = functional_call(self.func, states, tuple(tensors[: self.count]))
+        places = [self.func.get_submodule(path)._parameters for path, _, _ in (n.rpartition(".") for n in self.names)]
+        leaves = [name.rpartition(".")[2] for name in self.names]
+        kept = [place[leaf] for place, leaf in zip(places, leaves, strict=True)]
+        try:
+            for place, leaf, state in zip(places, leaves, tensors[self.count :], strict=True):
+                place[leaf] = state
+            out = self.func(*tensors[: self.count])
+        finally:
+            for place, leaf, parameter in zip(places, leaves, kept, strict=True):
+                place[leaf] = parameter
         return [out] if isinstance(out, torch.Tensor) else list(out)
 
 
