@@ -4,16 +4,13 @@
     model.compile(num_cores=16)
     model.generate(prompts=["Hi there!!"], tokenizer=tokenizer)
 
-https://quic.github.io/efficient-transformers documents the original. What a CPU cannot do of it is said and recorded, or
-refused, and generate has three keywords more: sampler, ignore_eos and return_logits.
+https://quic.github.io/efficient-transformers documents the original. What a CPU cannot do of it is said and recorded,
+or refused, and generate has three keywords more: sampler, ignore_eos and return_logits.
 """
 
 import hashlib
 import json
 import os
-import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +19,10 @@ import torch
 
 from qaic_gpt2 import compiler, exporter, weight_loader
 from qaic_gpt2.files import sha256, written_beside
+from qaic_gpt2.generation import Bytes, ExecInfo, PerfMetrics, fix_prompts, generate_batch, print_stats
 from qaic_gpt2.runtime import ENGINE, Session
 from shared.sampling import Sampler
-from shared.tokenizer import Stream, byte_of_character, find_model
+from shared.tokenizer import find_model
 
 
 def home():
@@ -32,45 +30,6 @@ def home():
     if path := os.environ.get("QEFF_HOME"):
         return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qaic_gpt2")
-
-
-@dataclass
-class PerfMetrics:
-    prefill_time: float  # s, with tokenizing: the time to the first token
-    decode_perf: float  # tokens/s of one row, from the second token on
-    total_perf: float
-    total_time: float  # s
-
-
-@dataclass
-class ExecInfo:
-    """What generate returns; printed, it is QEfficient's statistics."""
-
-    batch_size: int
-    generated_texts: list  # a list of texts for each batch
-    generated_ids: list  # an array (batch, ctx_len) for each batch, <|endoftext|> behind the end of a text
-    perf_metrics: PerfMetrics
-    logits: list = field(default_factory=list, repr=False)  # with return_logits: a list of rows for each text
-
-    def __str__(self):
-        perf = self.perf_metrics
-        return (
-            f"Average Prefill time a.k.a TTFT is= {perf.prefill_time:.2f} sec\n"
-            f"Decode is= {perf.decode_perf * self.batch_size:.2f} tokens/sec\n"
-            f"Total is= {perf.total_perf * self.batch_size:.2f} tokens/sec\n"
-            f"Total (E2E) inference time is= {perf.total_time:.2f} sec"
-        )
-
-
-class Bytes:
-    """What a Stream asks of a tokenizer, from one of Hugging Face's: they spell bytes as GPT-2's files do."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.byte_of = tokenizer, byte_of_character()
-        self.eot, self.encode = tokenizer.eos_token_id, tokenizer.encode
-
-    def to_bytes(self, id):
-        return bytes(self.byte_of[char] for char in self.tokenizer.convert_ids_to_tokens(int(id)))
 
 
 class QEFFAutoModelForCausalLM:
@@ -83,7 +42,7 @@ class QEFFAutoModelForCausalLM:
     def from_pretrained(
         cls, pretrained_model_name_or_path, continuous_batching=False, qaic_config=None, *, dtype=None, torch_dtype=None
     ):
-        """A name that shared.tokenizer.find_model knows, or a folder in Hugging Face's format. dtype: float32 or float16."""
+        """A name that find_model knows, or a folder in Hugging Face's format. dtype: float32 or float16."""
         for name, value in {"continuous_batching": continuous_batching, "qaic_config": qaic_config}.items():
             if value:
                 raise ValueError(f"{name} is {value!r}, which only a card can do")
@@ -130,9 +89,9 @@ class QEFFAutoModelForCausalLM:
                 raise ValueError(f"{name} is {value!r}, a whole number of 1 or more is expected")
         if full_batch_size is not None:
             raise ValueError(f"full_batch_size is {full_batch_size}: continuous batching is for a card")
-        if not prefill_seq_len < ctx_len <= self.config.n_positions:
+        if not prefill_seq_len <= ctx_len <= self.config.n_positions:
             raise ValueError(
-                f"ctx_len is {ctx_len}, more than prefill_seq_len ({prefill_seq_len}) and at most the model's "
+                f"ctx_len is {ctx_len}, at least prefill_seq_len ({prefill_seq_len}) and at most the model's "
                 f"{self.config.n_positions} positions are expected"
             )
         if int8_matmul and self.dtype != "float32":
@@ -157,7 +116,7 @@ class QEFFAutoModelForCausalLM:
     @staticmethod
     def _exported_files(onnx_path):
         tensors = onnx.load(onnx_path, load_external_data=False).graph.initializer
-        return [onnx_path, *(onnx_path.parent / name for name in sorted({*map(compiler.location, tensors)} - {None}))]
+        return [onnx_path, *(onnx_path.parent / name for name in sorted({*map(exporter.location, tensors)} - {None}))]
 
     @property
     def session(self):
@@ -189,85 +148,22 @@ class QEFFAutoModelForCausalLM:
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts is {prompts!r}, a list of texts is expected")
         tokenizer = Bytes(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else tokenizer
-        sampler = sampler or Sampler(temperature=0)
         size, prompts = self.session.batch_size, fix_prompts(prompts, self.session.batch_size)
-        infos = []
-        for start in range(0, len(prompts), size):
-            write = sys.stdout if stream else None
-            batch = Batch(self.session, tokenizer, prompts[start : start + size], generation_len, ignore_eos)
-            infos.append(batch.run(sampler, write, return_logits))
+        infos = [
+            generate_batch(
+                self.session,
+                tokenizer,
+                prompts[start : start + size],
+                generation_len,
+                sampler or Sampler(temperature=0),
+                ignore_eos,
+                stream,
+                return_logits,
+            )
+            for start in range(0, len(prompts), size)
+        ]
         metrics = PerfMetrics(*np.mean([[*vars(info.perf_metrics).values()] for info in infos], axis=0).tolist())
         texts, ids = ([getattr(info, name) for info in infos] for name in ("generated_texts", "generated_ids"))
         info = ExecInfo(size, texts, ids, metrics, [rows for info in infos for rows in info.logits])
-        print("\n========================= Performance Stats =========================")
-        if size > 1:
-            print("Batch Performance : \n")
-        print(info)
-        print("=" * 69)
+        print_stats(info)
         return info
-
-
-def fix_prompts(prompts, batch_size):
-    """As many as fill whole batches, by QEfficient's rule: too few are repeated, a last batch that is not full dropped."""
-    if len(prompts) < batch_size:
-        print(f"{len(prompts)} prompts are fewer than the batch_size of {batch_size}: they are repeated")
-        return [prompts[i % len(prompts)] for i in range(batch_size)]
-    if left := len(prompts) % batch_size:
-        print(f"{len(prompts)} prompts are no multiple of the batch_size of {batch_size}: the last {left} are dropped")
-    return prompts[: len(prompts) - left]
-
-
-class Batch:
-    """One prompt a row, from their texts to theirs."""
-
-    def __init__(self, session, tokenizer, prompts, generation_len, ignore_eos):
-        self.session, self.tokenizer = session, tokenizer
-        self.end = None if ignore_eos else tokenizer.eot
-        self.began = time.perf_counter()
-        self.prompts = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
-        longest = max(map(len, self.prompts))
-        self.room = session.ctx_len - longest
-        if self.room < 1:
-            raise ValueError(
-                f"a prompt has {longest} tokens, ctx_len is {session.ctx_len}: at most one less is expected"
-            )
-        self.count = min(generation_len or self.room, self.room)
-        self.cut_short = (generation_len or 0) > self.room
-
-    def run(self, sampler, write, return_logits):
-        stream, pieces, rows = Stream(self.tokenizer), [[] for _ in self.prompts], [[] for _ in self.prompts]
-        over = np.zeros(len(self.prompts), bool)
-        positions = np.array([[len(prompt)] for prompt in self.prompts])
-        logits = self.session.prefill(self.prompts)
-        for made in range(1, self.count + 1):
-            tokens = sampler(logits)
-            for row in np.flatnonzero(~over):
-                pieces[row].append(int(tokens[row]))
-                if return_logits:
-                    rows[row].append(logits[row].copy())
-            if write and not over[0] and tokens[0] != self.end:
-                print(stream.push(int(tokens[0])), end="", file=write, flush=True)
-            if made == 1:
-                first = time.perf_counter()
-            over |= tokens == self.end
-            if made == self.count or over.all():
-                break
-            logits = self.session(tokens[:, None], positions)
-            positions += 1
-        done = time.perf_counter()
-        if write:
-            print(stream.end(), file=write)
-            if self.cut_short and not over.all():
-                print(f"[the context of {self.session.ctx_len} tokens is full]", file=write)
-        ids = np.full((len(pieces), self.session.ctx_len), self.tokenizer.eot)
-        for row, piece in enumerate(pieces):
-            ids[row, : len(piece)] = piece
-        texts = [decode(self.tokenizer, [id for id in piece if id != self.end]) for piece in pieces]
-        decoded, decode_s, total_s = made - 1, done - first, done - self.began
-        metrics = PerfMetrics(first - self.began, decoded / decode_s, decoded / total_s, total_s)
-        return ExecInfo(len(pieces), texts, ids, metrics, rows if return_logits else [])
-
-
-def decode(tokenizer, ids):
-    stream = Stream(tokenizer)
-    return "".join(map(stream.push, ids)) + stream.end()

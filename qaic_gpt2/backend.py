@@ -1,4 +1,4 @@
-"""Who serves QEFFAutoModelForCausalLM here: QEfficient on a card, or auto_model.py on this CPU. This module alone decides.
+"""Whose QEFFAutoModelForCausalLM it is: QEfficient's where a card answers, else auto_model.py's. Decided here alone.
 
 from qaic_gpt2.backend import QEFFAutoModelForCausalLM     # a card's where one answers
 cls = choose("cpu")                                        # or by name: auto, cpu, qaic

@@ -11,18 +11,17 @@ qpc-0123456789abcdef/
 import json
 import os
 
-import numpy as np
 import onnx
 import onnxruntime
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import external_data_helper
 
-from qaic_gpt2.exporter import WEIGHTS, add_external, retained
+from qaic_gpt2.exporter import location, retained
 from qaic_gpt2.files import sha256
+from qaic_gpt2.quantizer import QUANTIZED, quantize
 
 PROGRAM, SIDECAR = "program.onnx", "compile.json"
-QUANTIZED, SCRATCH = "quantized.onnx", "scratch.data"  # gone when all is done
+SCRATCH = "scratch.data"  # gone when all is done
 SPECIALIZATIONS, CUSTOM_IO = "specializations.json", "custom_io.yaml"
-BLOCKS = (128, 64, 32, 16)  # of int8: the largest that fits is the fastest, and loses nothing that can be measured
 
 
 def specializations(batch_size, prefill_seq_len, ctx_len):
@@ -47,8 +46,8 @@ def cache_inputs(graph):
     names = [name for name in inputs if name not in ("input_ids", "position_ids")]
     if inputs[:1] != ["input_ids"] or "position_ids" not in inputs or outputs != ["logits", *map(retained, names)]:
         raise ValueError(
-            "onnx_path is a graph with other inputs and outputs than QEfficient's: input_ids, position_ids, past_key.0, "
-            "... and logits, past_key.0_RetainedState, ..."
+            "onnx_path is a graph with other inputs and outputs than QEfficient's: input_ids, position_ids, "
+            "past_key.0, ... and logits, past_key.0_RetainedState, ..."
         )
     return names
 
@@ -66,84 +65,6 @@ def compile(exported, folder, sizes, mxint8_kv_cache, int8_matmul, record):
     hashes = {os.path.relpath(path, folder): sha256(path) for path in sorted({*folder.iterdir()} | read)}
     record |= {"weights": os.path.relpath(weights, folder), "sha256": hashes}
     (folder / SIDECAR).write_text(json.dumps(record, indent=4) + "\n", encoding="utf-8")
-
-
-def location(tensor):
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
-
-
-def blocks(weight, size):
-    """(N, K) -> uint8 (N, K / size, size) around 128, and float32 scales (N, K / size): the largest of a block is exact."""
-    parts = weight.astype(np.float32).reshape(len(weight), -1, size)
-    largest = np.take_along_axis(parts, np.abs(parts).argmax(-1)[..., None], axis=-1)  # with its sign
-    scales = largest / -128  # so that the largest is -128, the one number of int8 without an opposite
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scales == 0, 0, 1 / scales)
-    return np.clip(np.rint(parts * inverse) + 128, 0, 255).astype(np.uint8), scales[..., 0]
-
-
-def quantize(onnx_path, folder):
-    """Every Gemm's weights in int8, in blocks with a scale each, as onnxruntime's MatMulNBits multiplies them.
-
-    The embedding reads its rows from the head's blocks, so that the tied table is stored once here too.
-    """
-    model = onnx.load(onnx_path)
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    tables, nodes = set(), []
-    with (folder / WEIGHTS).open("wb") as file:
-        added = onnx.GraphProto()
-
-        def stored(name, transposed):
-            """(N, K, block size) of a weight whose blocks and scales are written."""
-            weight = numpy_helper.to_array(weights[name])
-            weight = weight if transposed else np.ascontiguousarray(weight.T)
-            size = next((size for size in BLOCKS if weight.shape[1] % size == 0), None)
-            if size is None:
-                raise ValueError(f"int8_matmul needs an n_embd that {BLOCKS[-1]} divides, {name} has {weight.shape[1]}")
-            for kind, array in zip(("blocks", "scales"), blocks(weight, size), strict=True):
-                add_external(added, f"{name}.{kind}", array, file)
-            return *weight.shape, size
-
-        for node in model.graph.node:
-            if node.op_type == "Gemm" and node.input[1] in weights:
-                transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-                name, *bias = node.input[1:]
-                N, K, size = stored(name, transposed)
-                tables |= {name} if transposed else set()
-                inputs = [node.input[0], f"{name}.blocks", f"{name}.scales", *(["", "", *bias] if bias else [])]
-                settings = {"K": K, "N": N, "bits": 8, "block_size": size, "accuracy_level": 4}
-                node = helper.make_node("MatMulNBits", inputs, node.output, domain="com.microsoft", **settings)
-            nodes.append(node)
-        nodes = [new for node in nodes for new in (rows(node) if node.input and node.input[0] in tables else [node])]
-        used = {name for node in nodes for name in node.input}
-        for tensor in model.graph.initializer:
-            if tensor.name in used:
-                add_external(added, tensor.name, numpy_helper.to_array(tensor), file)
-    for field, values in ("node", nodes), ("initializer", added.initializer):
-        model.graph.ClearField(field)
-        getattr(model.graph, field).extend(values)
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, folder / QUANTIZED)
-    return folder / QUANTIZED
-
-
-def rows(gather):
-    """The nodes that take an embedding's place: rows of blocks, less 128, times their scales."""
-    table, ids = gather.input
-    name = f"{table}.rows"
-    constants = {"middle": np.float32(128), "last": np.array([-1]), "flat": np.array([0, 0, -1])}
-    for key, value in constants.items():
-        yield helper.make_node("Constant", [], [f"{name}.{key}"], value=numpy_helper.from_array(np.array(value)))
-    for kind, inputs in {
-        "Gather": ([f"{table}.blocks", ids], "quantized"),
-        "Cast": ([f"{name}.quantized"], "cast"),
-        "Sub": ([f"{name}.cast", f"{name}.middle"], "centred"),
-    }.items():
-        yield helper.make_node(kind, inputs[0], [f"{name}.{inputs[1]}"], **({"to": 1} if kind == "Cast" else {}))
-    yield helper.make_node("Gather", [f"{table}.scales", ids], [f"{name}.scale"])
-    yield helper.make_node("Unsqueeze", [f"{name}.scale", f"{name}.last"], [f"{name}.scales"])
-    yield helper.make_node("Mul", [f"{name}.centred", f"{name}.scales"], [f"{name}.scaled"])
-    yield helper.make_node("Reshape", [f"{name}.scaled", f"{name}.flat"], [gather.output[0]])
 
 
 def optimize(onnx_path, folder):
@@ -174,10 +95,8 @@ def optimize(onnx_path, folder):
 
 
 def check_in_place(graph, names):
-    """The runtime gives a cache one piece of memory for input and output: only a scatter from one to the other may see it."""
+    """A cache's input and output are one memory at run time: only a scatter from one to the other may read it."""
     for name in names:
         readers = [node for node in graph.node if name in node.input and node.op_type != "Shape"]
         if [(node.op_type, *node.output) for node in readers] != [("ScatterND", retained(name))]:
-            raise ValueError(
-                f"onnx_path is a graph that does not retain {name} by one ScatterND, and cannot run in place"
-            )
+            raise ValueError(f"onnx_path is a graph that reads {name} by more than one ScatterND: no CPU runs it here")

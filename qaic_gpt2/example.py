@@ -91,7 +91,7 @@ def make(device, folder, args, ctx_len, dtype):
 
 
 def verify(model, exact, device, prompts, dtype):
-    """How far the logits behind the prompts are from those of exact, in float32 on the CPU, as a part of the largest."""
+    """How far the logits behind prompts are from those of exact, in float32 on the CPU, as a part of the largest."""
     expected = exact.session.prefill(prompts)
     logits = backend.card_logits(model.qpc_path, prompts) if device == "qaic" else model.session.prefill(prompts)
     apart = np.abs(logits - expected).max() / np.abs(expected).max()
@@ -130,7 +130,7 @@ def main():
         longest = max(map(len, prompts))
         ctx_len = args.ctx_len or min(max(128, longest + (args.max_new_tokens or 1)), config.n_positions)
         if longest >= ctx_len:
-            raise ValueError(f"prompt has {longest} tokens, ctx_len is {ctx_len}: at most one less is expected")
+            raise ValueError(f"prompt has {longest} tokens, fewer than ctx_len ({ctx_len}) are expected")
         size, reason = weight_loader.count_parameters(found.folder), "" if args.model else f"; {found.why}"
         print(f"{found.name} ({size / 1e6:.1f}M parameters) on {backend.describe(device, why)}{reason}", flush=True)
         model, export_s, compile_s = make(device, found.folder, args, ctx_len, args.dtype)

@@ -48,7 +48,7 @@ def trace(model):
     cache_axes = {0: "batch_size", 2: "ctx_len"}
     axes = {name: {0: "batch_size", 1: "seq_len"} for name in ("input_ids", "position_ids")}
     axes |= {"logits": {0: "batch_size"}}
-    axes |= {name: cache_axes for name in [*names, *map(retained, names)]}
+    axes |= dict.fromkeys([*names, *map(retained, names)], cache_axes)
     file = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's: that it is the older one, as QEfficient's is
@@ -77,3 +77,8 @@ def add_external(graph, name, array, file):
     for key, value in where.items():
         tensor.external_data.add(key=key, value=str(value))
     array.tofile(file)
+
+
+def location(tensor):
+    """The file of a tensor's bytes, beside its graph; None where the graph holds them."""
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)

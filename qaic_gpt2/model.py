@@ -1,8 +1,8 @@
 """GPT-2 as the card wants it: fixed shapes, and the cache of keys and values as inputs and outputs.
 
-A compiled program knows no growing tensors. So the cache has all its ctx_len slots from the start, each new key and value
-is scattered into the slot of its position, and the mask is made from the positions: a query sees the slots up to its
-own. The card keeps an output `past_key.0_RetainedState` and gives it back as the input `past_key.0` of the next call.
+A compiled program knows no growing tensors. So the cache has all its ctx_len slots from the start, each new key and
+value is scattered into the slot of its position, and the mask is made from the positions: a query sees the slots up to
+its own. The card keeps the output `past_key.0_RetainedState` and gives it back as the next call's input `past_key.0`.
 
 One graph serves both programs, prefill (seq_len tokens at once, right-padded, position -1) and decode (one token).
 The numbers must hold in float16, the card's arithmetic: the mask is a finite -10000, and not -inf or float32's least.
@@ -122,9 +122,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.n_embd)
-        )  # no time for random ones
+        # from_pretrained: Embedding alone would draw random numbers, and import half of torch for it
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd))
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd))
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)

@@ -1,7 +1,7 @@
 """The compiled program in onnxruntime: what the card's runtime does, on a CPU.
 
-All arrays are bound once, by their addresses. A cache's input and output are the same memory: the ScatterND between them
-then writes its rows in place, and nothing copies a cache, neither between two calls nor in one.
+All arrays are bound once, by their addresses. A cache's input and output are the same memory: the ScatterND between
+them then writes its rows in place, and nothing copies a cache, neither between two calls nor in one.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def read(folder):
-    """(program, sidecar) of an artifact whose files, and weights, are those that compile noted; a ValueError for others."""
+    """(program, sidecar) of an artifact whose files are those that compile noted; a ValueError for others."""
     try:
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         program = (folder / PROGRAM).read_bytes()
@@ -43,9 +43,8 @@ class Session:
         options.log_severity_level = 3
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # compile did it
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder / sidecar["weights"])
-        )
+        self.weights = folder / sidecar["weights"]
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.weights))
         self.session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
         shapes = json.loads((folder / SPECIALIZATIONS).read_text(encoding="utf-8"))["specializations"]
         sizes = {shape["name"]: {key: int(value) for key, value in shape["symbols"].items()} for shape in shapes}

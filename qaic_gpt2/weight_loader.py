@@ -1,4 +1,4 @@
-"""GPT-2 checkpoints in Hugging Face's format, as the model of model.py. Its names are Hugging Face's: nothing is renamed."""
+"""GPT-2 checkpoints in Hugging Face's format, as the model of model.py, whose names are the same."""
 
 import hashlib
 import json
