@@ -140,6 +140,8 @@ def main():
             verify(model, exact, device, prompts, args.dtype)
         print(f"\n{args.prompt[0]}", end="", flush=True)
         info = generate(model, args, device, found.folder, tokenizer, ctx_len - longest)
+    except BrokenPipeError:  # an OSError, and nobody's mistake
+        raise
     except (ValueError, OSError) as error:
         fail(error)
     except (RuntimeError, ImportError) as error:
