@@ -141,12 +141,14 @@ class QEFFAutoModelForCausalLM:
         """Texts for prompts, batch by batch, greedy without a sampler, to the context's end without a generation_len.
 
         tokenizer: Hugging Face's, or one of shared.tokenizer. The first row of each batch is printed as it is made, and
-        the statistics at the end. device_id and runtime_ai100 name a card, which is not here.
+        the statistics at the end. runtime_ai100 is QEfficient's word for running at all.
         """
         if generation_len is not None and (type(generation_len) is not int or generation_len < 1):
             raise ValueError(f"generation_len is {generation_len!r}, a whole number of 1 or more is expected")
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts is {prompts!r}, a list of texts is expected")
+        if device_id is not None:
+            print(f"device_id={device_id} names a card, and is without effect here")
         tokenizer = Bytes(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else tokenizer
         size, prompts = self.session.batch_size, fix_prompts(prompts, self.session.batch_size)
         infos = [

@@ -7,7 +7,6 @@ cls = choose("cpu")                                        # or by name: auto, c
 import importlib
 import platform
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def choose(name="auto"):
 
 def describe(device, why):
     if device == "qaic":
-        return f"qaic: QEfficient {sys.modules['QEfficient'].__version__}"
+        return f"qaic: QEfficient {importlib.import_module('QEfficient').__version__}"
     from qaic_gpt2.runtime import ENGINE
 
     return f"cpu: {ENGINE}, {why}"

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qaic_gpt2 import backend, weight_loader
@@ -75,7 +76,8 @@ def check(args, device):
 def make(device, folder, args, ctx_len, dtype):
     """A compiled model, and the seconds that export and compile took."""
     start = time.perf_counter()
-    model = backend.choose(device).from_pretrained(str(folder), dtype="float16" if dtype == "float16" else "float32")
+    weights = torch.float16 if dtype == "float16" else torch.float32
+    model = backend.choose(device).from_pretrained(str(folder), torch_dtype=weights)
     model.export()
     exported = time.perf_counter()
     only_cpu = {"int8_matmul": True} if dtype == "int8" else {}

@@ -65,6 +65,10 @@ def generate_batch(session, tokenizer, prompts, generation_len, sampler, ignore_
     room = session.ctx_len - longest
     if room < 1:
         raise ValueError(f"a prompt has {longest} tokens, fewer than ctx_len ({session.ctx_len}) are expected")
+    if (largest := max(map(max, prompts))) >= (vocab_size := session.logits.shape[2]):
+        raise ValueError(
+            f"a prompt has the token {largest}, this model's vocabulary is of {vocab_size}: another tokenizer's?"
+        )
     count, end = min(generation_len or room, room), None if ignore_eos else tokenizer.eot
     texts, shown = [[] for _ in prompts], Stream(tokenizer)  # ids
     rows = [[] for _ in prompts]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from qaic_gpt2 import auto_model, backend, example
 from shared.tokenizer import find_model
@@ -21,7 +22,7 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, continuous_batching=False, qaic_config=None, **kwargs):
-        assert isinstance(pretrained_model_name_or_path, str) and set(kwargs) <= {"dtype", "torch_dtype"}
+        assert isinstance(pretrained_model_name_or_path, str) and all(isinstance(value, torch.dtype) for value in kwargs.values()) and set(kwargs) <= {"torch_dtype"}
         model = cls()
         model.folder, model.onnx_path, model.qpc_path = pretrained_model_name_or_path, None, None
         cls.calls.append(("from_pretrained", kwargs))
@@ -136,7 +137,7 @@ def test_qefficient_serves_where_a_card_answers(sdk, monkeypatch, capsys):
     assert status == 0, printed.err
     assert printed.out.startswith("gpt2-nano (3.6M parameters) on qaic: QEfficient 1.23.0.dev0\n")
     assert Model.calls == [
-        ("from_pretrained", {"dtype": "float32"}),
+        ("from_pretrained", {"torch_dtype": torch.float32}),
         ("export", {}),
         ("compile", {"ctx_len": 128, "num_cores": 16, "mxfp6_matmul": True}),
         ("generate", {"generation_len": 9}),
