@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -75,11 +74,21 @@ def compiled(folder, dtype="float32", **sizes):
 
 
 def export_in_a_process(folder):
-    """Seconds of export and compile, and the peak memory in MB, of example.py on its own; its artifacts are kept."""
-    command = [sys.executable, HERE / "example.py", "--device=cpu", "--max-new-tokens=1", f"--model={folder}"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    export_s, compile_s = map(float, re.search(r"exported in ([\d.]+) s, compiled in ([\d.]+) s", printed).groups())
-    return export_s, compile_s, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    """Seconds of export and compile, and their peak memory in MB, in a process of their own."""
+    code = """if True:
+        import sys, time
+        from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
+        model, start = QEFFAutoModelForCausalLM.from_pretrained(sys.argv[1]), time.perf_counter()
+        model.export()
+        exported = time.perf_counter()
+        model.compile()
+        print(exported - start, time.perf_counter() - exported)
+    """
+    command = [sys.executable, "-c", code, folder]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent).stdout
+    export_s, compile_s = map(float, printed.splitlines()[-1].split())
+    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    return round(export_s, 1), round(compile_s, 1), peak_mb
 
 
 def perplexity(session, texts):
@@ -231,7 +240,7 @@ def measure(args, scratch):
         fail(error)
     os.environ["QEFF_HOME"] = str(scratch / "artifacts")
     report = Report(name)
-    export_s, compile_s, peak_mb = export_in_a_process(folder)
+    export_s, compile_s, peak_mb = export_in_a_process(Path(folder).resolve())
     stored_mb = sum(path.stat().st_size for path in (scratch / "artifacts").rglob("*.*")) / 1e6
     print(f"export {export_s} s, compile {compile_s} s, peak {peak_mb:,} MB, on disk {stored_mb:.0f} MB", flush=True)
     bench(report, folder, args.new_tokens)
