@@ -1,0 +1,85 @@
+"""Whose QEFFAutoModelForCausalLM it is: QEfficient's where a card answers, else auto_model.py's. Decided here alone.
+
+from qaic_gpt2.backend import QEFFAutoModelForCausalLM     # a card's where one answers
+cls = choose("cpu")                                        # or by name: auto, cpu, qaic
+"""
+
+import importlib
+import platform
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+NAMES = ("auto", "cpu", "qaic")
+SDK = Path("/opt/qti-aic")
+SDK_PAGE = "https://quic.github.io/cloud-ai-sdk-pages"
+
+
+def missing():
+    """What a run on a card lacks here, and what to do about it; None where a card answers."""
+    if find_spec("QEfficient") is None:
+        return "QEfficient is not installed: pip install -r requirements.txt"
+    if not (SDK / "exec/qaic-compile").is_file():
+        return f"{SDK}/exec/qaic-compile is not there: install the Cloud AI Apps SDK, {SDK_PAGE}"
+    library = SDK / "dev/lib" / platform.machine()
+    if find_spec("qaicrt") is None and not any(library.glob("qaicrt*")):
+        return f"{library} holds no qaicrt: install the Cloud AI Platform SDK, {SDK_PAGE}"
+    try:
+        listed = subprocess.run([SDK / "tools/qaic-util", "-q"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{SDK}/tools/qaic-util -q fails ({type(error).__name__}): install the Cloud AI Platform SDK, {SDK_PAGE}"
+    if listed.returncode or "Status:Ready" not in listed.stdout:
+        return f"{SDK}/tools/qaic-util -q lists no card that is ready"
+    return None
+
+
+def choose_device(name="auto"):
+    """(cpu or qaic, why): a card asked for by name and not to be had is an error, never a run on the CPU."""
+    if name not in NAMES:
+        raise ValueError(f"device is {name}, one of {', '.join(NAMES)} is expected")
+    lack = missing() if name != "cpu" else None
+    if name == "qaic" and lack:
+        raise ValueError(f"device is qaic, but {lack}")
+    if name == "cpu" or lack:
+        return "cpu", "no Cloud AI 100 found" if lack else "as asked"
+    return "qaic", "a card is ready"
+
+
+def choose(name="auto"):
+    device, _ = choose_device(name)
+    module = importlib.import_module("QEfficient" if device == "qaic" else "qaic_gpt2.auto_model")
+    return module.QEFFAutoModelForCausalLM
+
+
+def describe(device, why):
+    if device == "qaic":
+        return f"qaic: QEfficient {importlib.import_module('QEfficient').__version__}"
+    from qaic_gpt2.runtime import ENGINE
+
+    return f"cpu: {ENGINE}, {why}"
+
+
+def card_logits(qpc_path, prompts):
+    """The logits behind each prompt, lists of ids, from a card: by the session that QEfficient's generate runs."""
+    from QEfficient.generation.cloud_infer import QAICInferenceSession
+
+    from qaic_gpt2.runtime import prefill
+
+    session = QAICInferenceSession(qpc_path)
+    session.skip_buffers([name for name in session.input_names + session.output_names if name.startswith("past_")])
+    place = session.binding_index_map
+    shapes = [{name: shape[place[name]][1] for name in ("input_ids", "logits")} for shape in session.allowed_shapes]
+    session.set_buffers({"logits": np.zeros(shapes[0]["logits"], np.float32)})
+
+    def program(ids, positions):
+        return session.run({"input_ids": ids, "position_ids": positions})["logits"][:, 0]
+
+    return prefill(program, prompts, max(shape["input_ids"][1] for shape in shapes))
+
+
+def __getattr__(name):
+    if name == "QEFFAutoModelForCausalLM":
+        return choose()
+    raise AttributeError(f"module {__name__} has no {name}")

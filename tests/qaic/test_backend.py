@@ -1,0 +1,212 @@
+"""The card's path, against a stand-in for QEfficient that enforces the signatures of 1.23 (commit ebf55e8159c8)."""
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qaic_gpt2 import auto_model, backend, example
+from shared.tokenizer import find_model
+
+NANO = find_model("gpt2-nano").folder
+LISTED = "QID 0\n\tStatus:Ready\n"
+
+
+class Model:
+    """QEfficient.QEFFAutoModelForCausalLM by its signatures, and what it asks for; it answers from our own runtime."""
+
+    calls = []
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, continuous_batching=False, qaic_config=None, **kwargs):
+        assert isinstance(pretrained_model_name_or_path, str) and all(isinstance(value, torch.dtype) for value in kwargs.values()) and set(kwargs) <= {"torch_dtype"}
+        model = cls()
+        model.folder, model.onnx_path, model.qpc_path = pretrained_model_name_or_path, None, None
+        cls.calls.append(("from_pretrained", kwargs))
+        return model
+
+    def export(self, export_dir=None, **kwargs):
+        assert not kwargs
+        self.onnx_path = auto_model.QEFFAutoModelForCausalLM.from_pretrained(self.folder).export(export_dir)
+        self.calls.append(("export", {}))
+        return self.onnx_path
+
+    def compile(
+        self,
+        onnx_path=None,
+        compile_dir=None,
+        *,
+        prefill_seq_len=32,
+        ctx_len=128,
+        batch_size=1,
+        num_devices=1,
+        num_cores=16,
+        mxfp6_matmul=False,
+        mxint8_kv_cache=False,
+    ):  # QEfficient turns any other keyword into a flag of the compiler's, which knows no int8-matmul
+        self.calls.append(("compile", {"ctx_len": ctx_len, "num_cores": num_cores, "mxfp6_matmul": mxfp6_matmul}))
+        model = auto_model.QEFFAutoModelForCausalLM.from_pretrained(self.folder)
+        self.qpc_path = Path(
+            model.compile(ctx_len=ctx_len, batch_size=batch_size, prefill_seq_len=prefill_seq_len, num_cores=num_cores)
+        )
+        Session.made = model.session
+        return self.qpc_path
+
+    def generate(self, tokenizer, prompts, device_id=None, runtime_ai100=True, **kwargs):
+        if not isinstance(self.qpc_path, Path):
+            raise TypeError("Please run compile API first!")
+        assert set(kwargs) <= {"generation_len", "automation", "iteration", "write_io"}
+        assert all(isinstance(prompt, str) and prompt for prompt in prompts)
+        tokenizer(prompts, return_tensors="np", padding=False)  # a tokenizer of Hugging Face's
+        self.calls.append(("generate", kwargs))
+        print(" a text", end="")
+        return types.SimpleNamespace(generated_texts=[[" a text"] * len(prompts)], generated_ids=[np.zeros((1, 9))])
+
+
+class Session:
+    """QEfficient.generation.cloud_infer.QAICInferenceSession: buffers must be skipped and set before a run."""
+
+    made = None
+
+    def __init__(self, qpc_path, device_ids=None, activate=True, enable_debug_logs=False):
+        caches = [*self.made.caches]
+        self.input_names = ["input_ids", "position_ids", *caches]
+        self.output_names = ["logits", *(f"{name}_RetainedState" for name in caches)]
+        names = [*self.input_names, *self.output_names]
+        self.binding_index_map = {name: place for place, name in enumerate(names)}
+        self.allowed_shapes = []
+        for length in (self.made.prefill_seq_len, 1):
+            dims = {name: [self.made.batch_size, length] for name in ("input_ids", "position_ids")}
+            dims["logits"] = [*self.made.logits.shape]
+            self.allowed_shapes.append([(4, dims.get(name, [1])) for name in names])
+        self.skipped, self.buffers = set(), {}
+
+    def skip_buffers(self, names):
+        self.skipped |= set(names)
+
+    def set_buffers(self, buffers):
+        self.buffers |= buffers
+
+    def run(self, inputs):
+        assert self.skipped == {name for name in self.binding_index_map if name.startswith("past_")}
+        assert self.buffers["logits"].dtype == np.float32 and {*inputs} == {"input_ids", "position_ids"}
+        return {"logits": self.made(inputs["input_ids"], inputs["position_ids"])[:, None]}
+
+
+@pytest.fixture
+def sdk(tmp_path, monkeypatch):
+    """A machine with the SDK, QEfficient and a card, as far as this project can see."""
+    for name in ("exec/qaic-compile", f"dev/lib/{backend.platform.machine()}/qaicrt.so"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "tools").mkdir()
+    util = tmp_path / "tools/qaic-util"
+    util.write_text(f"#!/bin/sh\ntest \"$1\" = -q && printf '{LISTED}'\n")
+    util.chmod(0o755)
+    monkeypatch.setattr(backend, "SDK", tmp_path)
+    names = {
+        "QEfficient": {"QEFFAutoModelForCausalLM": Model, "__version__": "1.23.0.dev0", "__path__": []},
+        "QEfficient.generation": {"__path__": []},
+        "QEfficient.generation.cloud_infer": {"QAICInferenceSession": Session},
+    }
+    for name, content in names.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        module.__spec__ = types.SimpleNamespace(name=name)
+        monkeypatch.setitem(sys.modules, name, module)
+    Model.calls = []
+    return tmp_path
+
+
+def run(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", ["example.py", "--model=gpt2-nano", *flags])
+    status = 0
+    try:
+        example.main()
+    except SystemExit as exit:
+        status = exit.code
+    return status, capsys.readouterr()
+
+
+def test_qefficient_serves_where_a_card_answers(sdk, monkeypatch, capsys):
+    assert backend.choose() is backend.QEFFAutoModelForCausalLM is Model
+    status, printed = run(monkeypatch, capsys, "--prompt=Hi", "--prompt=", "--max-new-tokens=9", "--mxfp6-matmul")
+    assert status == 0, printed.err
+    assert printed.out.startswith("gpt2-nano (3.6M parameters) on qaic: QEfficient 1.23.0.dev0\n")
+    assert Model.calls == [
+        ("from_pretrained", {"torch_dtype": torch.float32}),
+        ("export", {}),
+        ("compile", {"ctx_len": 128, "num_cores": 16, "mxfp6_matmul": True}),
+        ("generate", {"generation_len": 9}),
+    ]
+    assert "\nHi a text" in printed.out and "-" * 15 + "\n a text" in printed.out
+
+
+def test_a_card_is_not_asked_where_the_cpu_was_named(sdk, monkeypatch, capsys):
+    status, printed = run(monkeypatch, capsys, "--device=cpu", "--max-new-tokens=3")
+    assert status == 0 and "on cpu: onnxruntime" in printed.out and Model.calls == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--dump=d.npz", "dump is d.npz, but QEfficient's generate is greedy and returns no logits"),
+        ("--temperature=0.5", "temperature is 0.5, but"),
+        ("--ignore-eos", "ignore_eos is True, but"),
+        ("--dtype=int8", "dtype is int8, which is for a CPU"),
+    ],
+)
+def test_what_qefficient_cannot_serve_is_refused(sdk, monkeypatch, capsys, flag, complaint):
+    status, printed = run(monkeypatch, capsys, flag)
+    assert status == 2 and complaint in printed.err and printed.err.count("\n") == 1 and Model.calls == []
+
+
+def test_generation_ends_at_the_contexts_end_on_a_card_too(sdk, monkeypatch, capsys):
+    """QEfficient itself would go on past it, with a warning."""
+    status, _ = run(monkeypatch, capsys, "--prompt=Hi", "--max-new-tokens=100", "--ctx-len=64")
+    assert status == 0 and Model.calls[-1][1]["generation_len"] < 64
+
+
+def test_what_the_compiler_says_is_one_line(sdk, monkeypatch, capsys):
+    def fails(self, **settings):
+        raise RuntimeError("Compilation failed!\nCompiler exitcode: 1\nCompiler stderr:\nunsupported version")
+
+    monkeypatch.setattr(Model, "compile", fails)
+    status, printed = run(monkeypatch, capsys)
+    assert status == 2 and printed.err.count("\n") == 1
+    assert printed.err.startswith("QEfficient: Compilation failed!") and "unsupported version" in printed.err
+
+
+def test_verify_asks_the_cards_session_for_its_logits(sdk, monkeypatch, capsys):
+    status, printed = run(monkeypatch, capsys, "--verify", "--prompt=" + "Hi there!! " * 8, "--prefill-seq-len=8")
+    assert status == 0, printed.err
+    assert "logits are within 0.0e+00" in printed.out and "as expected (up to 0.01)" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("gone", "complaint"),
+    [
+        ("QEfficient", "QEfficient is not installed: pip install -r requirements.txt"),
+        ("exec/qaic-compile", "exec/qaic-compile is not there: install the Cloud AI Apps SDK, https://"),
+        (f"dev/lib/{backend.platform.machine()}/qaicrt.so", "holds no qaicrt: install the Cloud AI Platform SDK"),
+        ("tools/qaic-util", "qaic-util -q fails (FileNotFoundError)"),
+    ],
+)
+def test_what_is_missing_is_named_with_what_to_install(sdk, monkeypatch, capsys, gone, complaint):
+    if gone == "QEfficient":
+        monkeypatch.delitem(sys.modules, "QEfficient")
+    else:
+        (sdk / gone).unlink()
+    status, printed = run(monkeypatch, capsys, "--device=qaic")
+    assert status == 2 and complaint in printed.err and printed.err.count("\n") == 1
+    assert backend.choose() is auto_model.QEFFAutoModelForCausalLM
+
+
+@pytest.mark.parametrize(("script", "complaint"), [("exit 1", "lists no card"), ("echo Status:Error", "lists no card")])
+def test_a_card_that_is_not_ready_is_no_card(sdk, script, complaint):
+    (sdk / "tools/qaic-util").write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(ValueError, match=complaint):
+        backend.choose("qaic")

@@ -1,0 +1,279 @@
+"""The graph and its artifacts, against transformers, onnx and onnxruntime's own quantizer."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from onnx import numpy_helper
+from onnxruntime.quantization import matmul_nbits_quantizer
+
+from qaic_gpt2 import exporter, quantizer, weight_loader
+from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
+from qaic_gpt2.runtime import Session
+from shared.tokenizer import find_model
+
+NANO = find_model("gpt2-nano").folder
+
+
+def compiled(folder, dtype="float32", export_dir=None, **settings):
+    model = QEFFAutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.export(export_dir)
+    model.compile(model.onnx_path, **settings)
+    return model
+
+
+def expected_logits(reference, ids):
+    with torch.no_grad():
+        return reference(torch.tensor(ids)).logits.numpy()
+
+
+def test_the_exported_graph_is_what_qefficient_documents(tiny):
+    model = QEFFAutoModelForCausalLM.from_pretrained(tiny)
+    path = model.export()
+    onnx.checker.check_model(str(path), full_check=True)
+    graph = onnx.load(path, load_external_data=False)
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 17)]
+    caches = [f"past_{kind}.{layer}" for layer in range(3) for kind in ("key", "value")]
+    inputs, outputs = (
+        {
+            value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            for value in values
+        }
+        for values in (graph.graph.input, graph.graph.output)
+    )
+    tokens, cache = ["batch_size", "seq_len"], ["batch_size", 4, "ctx_len", 16]
+    assert inputs == {"input_ids": tokens, "position_ids": tokens} | dict.fromkeys(caches, cache)
+    assert outputs == {"logits": ["batch_size", 1, 97]} | {f"{name}_RetainedState": cache for name in caches}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_weight_is_stored_once(tiny, dtype):
+    model = QEFFAutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+    graph = onnx.load(model.export()).graph
+    loaded = weight_loader.load(tiny, dtype).state_dict()
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert stored.keys() == loaded.keys()
+    for name, tensor in loaded.items():
+        np.testing.assert_array_equal(stored[name], tensor.numpy())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in loaded.values())
+    assert (model.onnx_path.parent / exporter.WEIGHTS).stat().st_size < size + exporter.PAGE * len(loaded)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 32])
+def test_logits_are_transformers_at_every_position(tiny, reference, chunk):
+    """Prefill in chunks of each prefix of three rows, and decoding to the end of the context."""
+    session = compiled(tiny, prefill_seq_len=chunk, ctx_len=96, batch_size=3).session
+    ids = np.random.default_rng(0).integers(97, size=(3, 95))
+    expected = expected_logits(reference, ids)
+    for length in (1, 3, 4, 5, 31, 32, 33, 64, 95):
+        np.testing.assert_allclose(session.prefill(ids[:, :length]), expected[:, length - 1], atol=1e-4)
+    session.prefill(ids[:, :2])
+    for place in range(2, 95):
+        logits = session(ids[:, place : place + 1], np.full((3, 1), place))
+        np.testing.assert_allclose(logits, expected[:, place], atol=1e-4)
+
+
+def test_rows_of_unequal_lengths_are_what_they_are_alone(tiny, reference):
+    rng, lengths = np.random.default_rng(1), (1, 9, 40, 4, 95)
+    session = compiled(tiny, prefill_seq_len=8, ctx_len=96, batch_size=5).session
+    rows = [rng.integers(97, size=length).tolist() for length in lengths]
+    logits = session.prefill(rows)
+    places = np.array([[length] for length in lengths])
+    for row, ids in enumerate(rows):
+        np.testing.assert_allclose(logits[row], expected_logits(reference, [ids])[0, -1], atol=1e-4)
+    for _ in range(20):
+        tokens = logits.argmax(axis=1)
+        rows = [[*ids, int(token)] for ids, token in zip(rows, tokens, strict=True)]
+        logits = session(tokens[:, None], np.minimum(places, 95))
+        places += 1
+        for row in range(4):  # the last row is full
+            np.testing.assert_allclose(logits[row], expected_logits(reference, [rows[row]])[0, -1], atol=1e-4)
+
+
+def test_what_an_earlier_text_left_in_the_cache_is_not_seen(tiny):
+    session = compiled(tiny, prefill_seq_len=4, ctx_len=96).session
+    first = session.prefill([[5, 6, 7]])
+    session.prefill([list(range(90))])
+    np.testing.assert_array_equal(session.prefill([[5, 6, 7]]), first)
+
+
+def test_the_cache_is_written_in_place(tiny):
+    """One row a call, in the memory that was bound: the rest of the cache stays as it is, bit for bit."""
+    session = compiled(tiny, prefill_seq_len=1, ctx_len=96).session
+    cache = session.caches["past_value.2"]
+    cache[:] = np.random.default_rng(0).normal(size=cache.shape)
+    before = cache.copy()
+    session(np.array([[3]]), np.array([[7]]))
+    changed = (cache != before).any(axis=(0, 1, 3))
+    assert np.flatnonzero(changed).tolist() == [7]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_mask_is_finite_in_float16_and_hides_all(tiny, dtype):
+    session = compiled(tiny, dtype, prefill_seq_len=32, ctx_len=96).session
+    clean = session.prefill([[5, 6, 7]])
+    for cache in session.caches.values():
+        cache[:] = 60000.0  # near float16's largest: what lies behind the text must weigh nothing at all
+    np.testing.assert_array_equal(session.prefill([[5, 6, 7]]), clean)
+    assert np.isfinite(clean).all()
+
+
+@pytest.mark.parametrize(("settings", "limit"), [({"dtype": "float16"}, 2e-3), ({"int8_matmul": True}, 3e-2)])
+def test_lower_precisions_are_near(settings, limit):
+    session = compiled(NANO, **settings).session
+    exact = compiled(NANO).session
+    ids = [np.random.default_rng(0).integers(1407, size=60).tolist()]
+    expected = exact.prefill(ids)
+    assert 0 < np.abs(session.prefill(ids) - expected).max() < limit * np.abs(expected).max()
+
+
+def test_blocks_are_what_onnxruntimes_quantizer_makes():
+    weight = np.random.default_rng(0).normal(size=(256, 48)).astype(np.float32)  # K, N
+    graph = onnx.parser.parse_graph("g (float[1, 256] x) => (float[1, 48] y) { y = MatMul(x, w) }")
+    graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    settings = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(block_size=64, is_symmetric=True, bits=8)
+    maker = matmul_nbits_quantizer.MatMulNBitsQuantizer(model, bits=8, algo_config=settings)
+    maker.process()
+    theirs = [numpy_helper.to_array(tensor) for tensor in maker.model.model.graph.initializer]
+    blocks, scales = quantizer.blocks(weight.T, 64)
+    expected = next(a for a in theirs if a.dtype == np.float32).reshape(scales.shape)
+    np.testing.assert_allclose(scales, expected, rtol=1e-6)
+    apart = next(a for a in theirs if a.dtype == np.uint8).reshape(blocks.shape).astype(int) - blocks
+    assert np.abs(apart).max() <= 1 and (apart == 0).mean() > 0.999  # a rounding at one half
+
+
+def test_int8_stores_a_quarter_and_the_tied_table_once(tiny):
+    folder = compiled(NANO, int8_matmul=True).qpc_path
+    exported = (folder.parent / exporter.WEIGHTS).stat().st_size
+    assert (folder / exporter.WEIGHTS).stat().st_size < 0.3 * exported
+    names = [tensor.name for tensor in onnx.load(folder / "program.onnx", load_external_data=False).graph.initializer]
+    assert names.count("wte.weight.blocks") == 1 and "wte.weight" not in names
+
+
+def test_the_artifact_is_in_the_compilers_formats(tiny):
+    folder = compiled(tiny, prefill_seq_len=16, ctx_len=64, batch_size=2, num_cores=14, mxfp6_matmul=True).qpc_path
+    shapes = json.loads((folder / "specializations.json").read_text())
+    sizes = {"batch_size": "2", "ctx_len": "64"}
+    assert shapes == {
+        "specializations": [
+            {"name": "Prefill", "symbols": sizes | {"seq_len": "16"}},
+            {"name": "Decode", "symbols": sizes | {"seq_len": "1"}},
+        ]
+    }
+    entries = yaml.safe_load((folder / "custom_io.yaml").read_text())
+    assert [*entries[0]] == ["IOName", "Precision"] and {entry["Precision"] for entry in entries} == {"float16"}
+    graph = onnx.load(folder.parent / "model.onnx", load_external_data=False).graph
+    names = {value.name for value in [*graph.input, *graph.output]} - {"input_ids", "position_ids", "logits"}
+    assert {entry["IOName"] for entry in entries} == names and len(entries) == len(names) == 12
+    noted = json.loads((folder / "compile.json").read_text())["for_the_card"]
+    assert noted == {"num_cores": 14, "num_devices": 1, "mxfp6_matmul": True, "mxint8_kv_cache": False}
+
+
+def test_the_card_gets_one_program_where_prefill_is_decode(tiny):
+    folder = compiled(tiny, prefill_seq_len=1, mxint8_kv_cache=True, ctx_len=96).qpc_path
+    shapes = json.loads((folder / "specializations.json").read_text())["specializations"]
+    assert [shape["symbols"]["seq_len"] for shape in shapes] == ["1"]
+    assert {entry["Precision"] for entry in yaml.safe_load((folder / "custom_io.yaml").read_text())} == {"mxint8"}
+
+
+def test_the_compiled_program_needs_no_second_copy_of_the_weights(tiny):
+    folder = compiled(tiny, ctx_len=64).qpc_path
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    options = onnxruntime.SessionOptions()
+    with pytest.raises(Exception, match="model.onnx.data"):  # which is not beside it
+        onnxruntime.InferenceSession(folder / "program.onnx", options)
+
+
+def test_other_weights_in_the_same_folder_make_another_artifact(tiny, tmp_path):
+    """What QEfficient's own key, of the configuration and the path, would miss."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    first = QEFFAutoModelForCausalLM.from_pretrained(folder).export()
+    moved = QEFFAutoModelForCausalLM.from_pretrained(shutil.copytree(folder, tmp_path / "moved")).export()
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    other = QEFFAutoModelForCausalLM.from_pretrained(folder).export()
+    assert first == moved and first != other
+
+
+@pytest.mark.parametrize("name", ["program.onnx", "specializations.json", "../model.onnx.data"])
+def test_an_artifact_that_was_changed_is_not_loaded(tiny, tmp_path, name):
+    folder = compiled(tiny, export_dir=tmp_path, ctx_len=64).qpc_path
+    Session(folder)
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="remove") as caught:
+        Session(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_artifact_moves_with_its_export(tiny, tmp_path):
+    folder = compiled(tiny, export_dir=tmp_path / "a", ctx_len=64).qpc_path
+    first = Session(folder).prefill([[1, 2, 3]])
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = tmp_path / "b" / folder.relative_to(tmp_path / "a")
+    np.testing.assert_array_equal(Session(moved).prefill([[1, 2, 3]]), first)
+
+
+@pytest.mark.parametrize("step", ["export", "compile"])
+def test_an_artifact_is_whole_or_not_there(tiny, tmp_path, monkeypatch, step):
+    model = QEFFAutoModelForCausalLM.from_pretrained(tiny)
+    if step == "compile":
+        model.export(tmp_path)
+    before = set(tmp_path.rglob("*"))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.export(tmp_path)
+        model.compile(ctx_len=64, onnx_path=model.onnx_path)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_graph_of_another_form_is_refused(tmp_path, tiny):
+    graph = onnx.parser.parse_graph("g (int64[1] input_ids) => (int64[1] logits) { logits = Identity(input_ids) }")
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match="onnx_path is a graph with other inputs"):
+        QEFFAutoModelForCausalLM.from_pretrained(tiny).compile(tmp_path / "other.onnx", ctx_len=64)
+    assert os.listdir(tmp_path) == ["other.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("activation_function", "relu", "activation_function is 'relu'"),
+        ("tie_word_embeddings", False, "tie_word_embeddings is False"),
+        ("n_head", 5, "a multiple of n_head"),
+        ("n_layer", 0, "n_layer is 0"),
+        ("n_layer", 4, "12 tensors are missing: h.3.ln_1.weight"),
+        ("vocab_size", 98, "wte.weight has the shape (97, 64), (98, 64) is expected"),
+        ("n_inner", 100, "n_inner is 100"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tiny, tmp_path, key, value, complaint):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    given = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(given | {key: value}))
+    with pytest.raises(ValueError) as caught:
+        weight_loader.load(folder)
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_cut_off_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        weight_loader.load(folder)
