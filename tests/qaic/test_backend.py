@@ -22,7 +22,8 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, continuous_batching=False, qaic_config=None, **kwargs):
-        assert isinstance(pretrained_model_name_or_path, str) and all(isinstance(value, torch.dtype) for value in kwargs.values()) and set(kwargs) <= {"torch_dtype"}
+        assert isinstance(pretrained_model_name_or_path, str)
+        assert set(kwargs) <= {"torch_dtype"} and all(isinstance(value, torch.dtype) for value in kwargs.values())
         model = cls()
         model.folder, model.onnx_path, model.qpc_path = pretrained_model_name_or_path, None, None
         cls.calls.append(("from_pretrained", kwargs))
