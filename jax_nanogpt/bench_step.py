@@ -63,8 +63,9 @@ def trainer(settings, config, examples, a_call, dropout=Dropout):
 
 def draw(times, peers, path):
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    bars = axes.barh(list(times), list(times.values()), color="tab:blue", height=0.65)
-    axes.bar_label(bars, fmt="%.0f", label_type="center", color="white")
+    axes.barh(list(times), list(times.values()), color="tab:blue", height=0.65)
+    for row, time in enumerate(times.values()):
+        axes.text(2, row, f"{time:.0f}", va="center", color="white")
     for (name, time), style in zip(peers.items(), ("-", "--"), strict=False):
         axes.axvline(time, color="tab:orange", linestyle=style, label=f"{name}: {time:.0f}")
     axes.invert_yaxis()
