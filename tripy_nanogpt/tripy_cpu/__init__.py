@@ -1,29 +1,42 @@
 """Runs NVIDIA's nvtripy on a machine without TensorRT: import this before nvtripy, and it is switched on where needed.
 
-Where `mlir_tensorrt` (the compiler and runtime under nvtripy) can be imported, nothing happens and ENGINE is None.
-Elsewhere nvtripy's own front end runs as it is, and its Trace is executed on the CPU by torch; ENGINE says so.
+Where `mlir_tensorrt`, the compiler and runtime under nvtripy, can be imported, nothing happens and ENGINE is None.
+Elsewhere nvtripy's own front end runs as it is, and its Trace is executed on the CPU by torch: ENGINE says so.
 """
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-NVTRIPY = "0.1.7"  # its internals are replaced below, so no other version will do
-ENGINE = None  # what executes in TensorRT's place, for people: None where TensorRT is there
+NVTRIPY = "0.1.7"  # the version whose internals are known here
+ENGINE = None  # what runs in TensorRT's place, for people
 
 
 def _activate() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         found = version("nvtripy")
     except PackageNotFoundError:
         raise ImportError(f"nvtripy is not installed: pip install --no-deps nvtripy=={NVTRIPY}") from None
     if found != NVTRIPY:
-        raise ImportError(f"nvtripy {found} cannot run on the CPU: pip install --no-deps nvtripy=={NVTRIPY}")
+        raise ImportError(f"nvtripy {found} does not run on the CPU: pip install --no-deps nvtripy=={NVTRIPY}")
     import torch
 
-    from .executor import install
+    from . import program, runtime
 
-    install()
+    runtime.register(program.Program.load)
+    from nvtripy.backend.mlir import memref
+    from nvtripy.backend.mlir.compiler import Compiler
+    from nvtripy.backend.mlir.utils import OUTPUT_SEPARATOR, map_error_to_user_code_and_raise
+    from nvtripy.trace.trace import Trace
+
+    def compile(self, module, trace=None):
+        try:
+            return program.lower(module)
+        except program.Failure as failure:
+            map_error_to_user_code_and_raise(module, failure, failure.location(OUTPUT_SEPARATOR))
+
+    Trace.to_mlir = lambda self: self
+    Compiler.compile = compile
+    memref.tolist = lambda value: value.data.tolist()
     return f"nvtripy {found}'s front end, executed by torch {torch.__version__.partition('+')[0]}"
 
 

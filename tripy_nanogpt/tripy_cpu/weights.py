@@ -1,0 +1,117 @@
+"""Weights: the large constants of a program, held at the size they have, in the layout their products are fast in."""
+
+import hashlib
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+from .kernels import HALF, dequantize
+
+LARGE = 1 << 14  # elements: below, a weight is an ordinary constant
+CHUNK = 1 << 18  # elements of a quantized weight that are dequantized at a time: they stay in the second-level cache
+PACKS = torch.backends.mkldnn.is_available()
+BFLOAT16 = False  # multiply quantized weights in bfloat16: faster, within 1e-2
+
+_shared = weakref.WeakValueDictionary()  # one copy of equal weights, however many programs hold them
+
+
+def share(tensor, kind, make):
+    """make(tensor), or what it gave for the same bytes before."""
+    raw = tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+    key = (kind, tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw.numpy()).digest())
+    made = _shared.get(key)
+    if made is None:
+        made = _shared[key] = make(tensor)
+    return made
+
+
+class Weight:
+    """A matrix [rows, columns] that a program multiplies by, as it is or transposed."""
+
+    def __init__(self, tensor, scale=None, attrs=None):
+        self.scale, self.attrs = scale, attrs  # of Dequantize, where the weight is quantized
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        if attrs and attrs["bits"] == 4:
+            tensor = pack_int4(tensor)
+        self.tensor = share(tensor, "plain", torch.clone)
+        self.packed = None  # (transposed, oneDNN's own layout)
+
+    @classmethod
+    def restore(cls, tensor, scale, attrs, shape):
+        weight = cls.__new__(cls)
+        weight.scale, weight.attrs, weight.shape, weight.dtype = scale, attrs, tuple(shape), tensor.dtype
+        weight.tensor, weight.packed = share(tensor, "plain", torch.clone), None
+        return weight
+
+    def dense(self):
+        """All of it, as the program's other operations see it."""
+        if self.attrs:
+            return self.rows(0, self.shape[0], 0)
+        if self.tensor is None:
+            transposed, packed = self.packed
+            tensor = packed.to_dense()
+            self.tensor = tensor if transposed else tensor.t().contiguous()
+        return self.tensor
+
+    def rows(self, first, count, dim):
+        """Some rows (dim 0) or columns (dim 1) of a quantized weight, dequantized."""
+        q, scale, axis = self.tensor, self.scale, self.attrs["dim"]
+        if self.attrs["bits"] == 4:
+            q = unpack_int4(q.narrow(dim, first // (1 + dim), count // (1 + dim)))
+        else:
+            q = q.narrow(dim, first, count)
+        if axis is None and scale.ndim == 2:  # blocks of rows
+            block = self.shape[0] // scale.shape[0]
+            if dim == 1:
+                scale = scale.narrow(1, first, count).repeat_interleave(block, 0)
+            else:
+                scale = scale[torch.arange(first, first + count) // block]
+            return dequantize(self.attrs | {"dim": None}, q, scale)
+        if axis is not None and axis % 2 == dim:
+            scale = scale.narrow(0, first, count)
+        return dequantize(self.attrs, q, scale)
+
+    def product(self, transposed, rows):
+        """x -> x @ weight, or x @ weight.T where `transposed`, for x of so many rows."""
+        if self.attrs:
+            return self.quantized(transposed)
+        if self.dtype is torch.float32 and PACKS:
+            if not self.packed or self.packed[0] is not transposed:
+                dense = self.dense()
+                dense = dense if transposed else dense.t().contiguous()
+                self.packed = (
+                    transposed,
+                    share(dense, "packed", lambda w: torch.ops.mkldnn._reorder_linear_weight(w, 1)),
+                )
+            packed = self.packed[1]
+            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        weight = self.dense() if transposed else share(self.dense(), "transposed", lambda w: w.t().contiguous())
+        if self.dtype in HALF and rows > 1:  # torch's half-precision product accumulates in float32 for one row alone
+            return lambda x: F.linear(x.float(), weight.float()).to(x.dtype)
+        return lambda x: F.linear(x, weight)
+
+    def quantized(self, transposed):
+        dim = 0 if transposed else 1
+        size, other = self.shape[dim], self.shape[1 - dim]
+        step = max(2, CHUNK // other // 2 * 2)
+        dtype = self.scale.dtype
+        parts = [(i, min(step, size - i)) for i in range(0, size, step)]
+
+        def product(x):
+            x = x.float()
+            chunks = (self.rows(i, n, dim).float() for i, n in parts)
+            return torch.cat([x @ (w.t() if transposed else w) for w in chunks], -1).to(dtype)
+
+        return product
+
+
+def pack_int4(q):
+    """Two values a byte, along the last dimension."""
+    low, high = q.to(torch.int8)[..., ::2], q[..., 1::2]
+    return ((low & 15) | (high << 4)).view(torch.uint8)
+
+
+def unpack_int4(packed):
+    signed = packed.view(torch.int8)
+    return torch.stack(((signed << 4) >> 4, signed >> 4), -1).flatten(-2)
