@@ -32,7 +32,7 @@ def _activate() -> str:
         try:
             return program.lower(module)
         except program.Failure as failure:
-            map_error_to_user_code_and_raise(module, failure, failure.location(OUTPUT_SEPARATOR))
+            map_error_to_user_code_and_raise(module, failure, failure.location(module, OUTPUT_SEPARATOR))
 
     Trace.to_mlir = lambda self: self
     Compiler.compile = compile

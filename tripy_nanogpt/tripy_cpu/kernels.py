@@ -86,7 +86,8 @@ def top_k(op, x, largest):
 
 
 def layer_norm(op, x, weight, bias):
-    return F.layer_norm(x, x.shape[x.ndim - len(op["normalized_shape"]) :], weight, bias, op["eps"])
+    shape = x.shape[x.ndim - len(op["normalized_shape"]) :]
+    return F.layer_norm(x, shape, weight.reshape(shape), bias.reshape(shape), op["eps"])
 
 
 def instance_norm(op, x, weight, bias):

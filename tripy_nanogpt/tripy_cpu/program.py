@@ -100,7 +100,7 @@ class Program:
         tensors, weights = {}, {}
         for slot, value in self.constants.items():
             if isinstance(value, Weight) and value.attrs:
-                tensors[f"{slot}"], tensors[f"{slot}.scale"] = value.tensor, value.scale
+                tensors[f"{slot}"], tensors[f"{slot}.scale"] = value.stored(), value.scale
                 weights[slot] = [value.shape, value.attrs]
             else:
                 value = value.dense() if isinstance(value, Weight) else value
@@ -225,9 +225,11 @@ class Failure(Exception):
         super().__init__(f"{node.op.rpartition('.')[2]}: {str(error).strip().splitlines()[0]}")
         self.node = node
 
-    def location(self, separator):
+    def location(self, trace, separator):
         """Where it happened, in the form that nvtripy finds the user's line from."""
-        return ""
+        names = list(_numbers(trace))
+        made, used = (",".join(names[i] for i in part) for part in (self.node.outputs, self.node.inputs))
+        return f'loc("{used}{separator}{made}"): error: {self}'
 
 
 def ints(tensor):
@@ -253,7 +255,7 @@ class Planner:
         self.fixed = set(program.constants)
         self.same = {}  # results that are one of their inputs, unchanged
         self.steps, self.written, self.versions = [], set(), {}
-        self.compared, self.scalars = {}, {}
+        self.compared, self.scalars, self.products = {}, {}, {}
         self.users = {}
         for node in program.nodes:
             for i in node.inputs:
@@ -293,6 +295,8 @@ class Planner:
         if node.op == "matmul.MatrixMultiply" and isinstance(values[1], View):
             call = values[1].product(values[0])
             if call:
+                if values[1].weight.dtype is torch.float32:
+                    self.products[output] = len(self.steps)
                 inputs, values = inputs[:1], values[:1]
         if call is None:
             moving = [p for p in shapes if p < len(inputs) and inputs[p] not in self.fixed]
@@ -304,6 +308,8 @@ class Planner:
                 if i in self.fixed:
                     inputs[p] = self.fix(values[p])
             call = bind(KERNELS[node.op], node.attrs, moving)
+        if node.op == "binary.Add" and self.with_bias(node, inputs, values):
+            return
         try:
             results = call(*values)
         except (RuntimeError, IndexError, ValueError) as error:
@@ -324,6 +330,24 @@ class Planner:
             for i, result in zip(node.outputs, results, strict=True):
                 self.values[i] = result
         self.remember(node, inputs, values, output)
+
+    def with_bias(self, node, inputs, values):
+        """A float32 product and the bias that is added to it, in one call."""
+        for a, b in ((0, 1), (1, 0)):
+            step, bias = self.products.get(inputs[a]), values[b]
+            if step is None or node.inputs[b] not in self.fixed:
+                continue
+            if len(self.users[node.inputs[a]]) > 1 or bias.ndim == 0 or bias.shape[-1] != values[a].shape[-1]:
+                continue
+            if any(n > 1 and stride for n, stride in zip(bias.shape[:-1], bias.stride()[:-1], strict=True)):
+                continue
+            row = bias[(0,) * (bias.ndim - 1)].contiguous()
+            call, given, output = self.steps[step]
+            self.steps[step] = (call, [*given, self.fix(row)], output)
+            self.same[node.outputs[0]] = output
+            self.values[output] = values[a] + row
+            return True
+        return False
 
     def fix(self, value):
         self.slots.append(value)
@@ -439,15 +463,21 @@ def bind(kernel, attrs, moving):
     return lambda *inputs: kernel(attrs, *(ints(v) if p in moving else v for p, v in enumerate(inputs)))
 
 
+def _numbers(trace):
+    """Each tensor's slot, by its name."""
+    tensors = [*trace.inputs, *(t for op in trace.ops for t in [*op.inputs, *op.outputs]), *trace.outputs]
+    return {name: slot for slot, name in enumerate(dict.fromkeys(t.name for t in tensors))}
+
+
 def lower(trace):
     """nvtripy's Trace as a Program."""
     from nvtripy.trace.ops.base import TraceOp
     from nvtripy.trace.ops.constant import Constant
 
-    numbers = {}
+    numbers = _numbers(trace)
 
     def number(tensor):
-        return numbers.setdefault(tensor.name, len(numbers))
+        return numbers[tensor.name]
 
     infos = trace.input_infos or {}
     inputs = []

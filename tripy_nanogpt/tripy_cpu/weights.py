@@ -56,7 +56,7 @@ class Weight:
 
     def rows(self, first, count, dim):
         """Some rows (dim 0) or columns (dim 1) of a quantized weight, dequantized."""
-        q, scale, axis = self.tensor, self.scale, self.attrs["dim"]
+        q, scale, axis = self.stored(), self.scale, self.attrs["dim"]
         if self.attrs["bits"] == 4:
             q = unpack_int4(q.narrow(dim, first // (1 + dim), count // (1 + dim)))
         else:
@@ -75,7 +75,7 @@ class Weight:
     def product(self, transposed, rows):
         """x -> x @ weight, or x @ weight.T where `transposed`, for x of so many rows."""
         if self.attrs:
-            return self.quantized(transposed)
+            return (BFLOAT16 and self.low_bit(transposed)) or self.quantized(transposed)
         if self.dtype is torch.float32 and PACKS:
             if not self.packed or self.packed[0] is not transposed:
                 dense = self.dense()
@@ -85,11 +85,49 @@ class Weight:
                     share(dense, "packed", lambda w: torch.ops.mkldnn._reorder_linear_weight(w, 1)),
                 )
             packed = self.packed[1]
-            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+            return lambda x, bias=None: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         weight = self.dense() if transposed else share(self.dense(), "transposed", lambda w: w.t().contiguous())
         if self.dtype in HALF and rows > 1:  # torch's half-precision product accumulates in float32 for one row alone
             return lambda x: F.linear(x.float(), weight.float()).to(x.dtype)
-        return lambda x: F.linear(x, weight)
+        return lambda x, bias=None: F.linear(x, weight, bias)
+
+    def low_bit(self, transposed):
+        """A product in bfloat16 by torch's kernels for low-bit weights, where they have one for this layout."""
+        scale, bits, axis = self.scale, self.attrs["bits"], self.attrs["dim"]
+        if bits == 8 and transposed and axis == 0:
+            weight, scale = self.tensor, scale.bfloat16()
+
+            def product(x):
+                flat = x.reshape(-1, x.shape[-1]).bfloat16()
+                y = torch._weight_int8pack_mm(flat, weight, scale)
+                return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+            return product
+        block = self.shape[0] // scale.shape[0] if scale.ndim == 2 else 0
+        if bits == 4 and not transposed and axis is None and block in (32, 64, 128, 256):
+            if self.packed is None:
+                values = unpack_int4(self.tensor).t().int() + 8
+                self.packed = torch._convert_weight_to_int4pack_for_cpu(values.contiguous(), 1)
+                self.tensor = None
+            packed = self.packed
+            zeros = torch.stack((scale, torch.zeros_like(scale)), -1).bfloat16()
+
+            def product(x):
+                flat = x.reshape(-1, x.shape[-1]).bfloat16()
+                y = torch._weight_int4pack_mm_for_cpu(flat, packed, block, zeros)
+                return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+            return product
+        return None
+
+    def stored(self):
+        """The values of a quantized weight as they are saved."""
+        if self.tensor is None:  # only the kernel's own layout is held: its product with one gives them back
+            rows, columns = self.shape
+            ones = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(rows // 32, columns, 2).contiguous()
+            eye = torch.eye(rows, dtype=torch.bfloat16)
+            self.tensor = pack_int4(torch._weight_int4pack_mm_for_cpu(eye, self.packed, 32, ones).to(torch.int8))
+        return self.tensor
 
     def quantized(self, transposed):
         dim = 0 if transposed else 1
