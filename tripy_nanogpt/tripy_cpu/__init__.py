@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 NVTRIPY = "0.1.7"  # the version whose internals are known here
+BFLOAT16 = ", quantized weights multiplied in bfloat16"
 ENGINE = None  # what runs in TensorRT's place, for people
 
 
@@ -42,3 +43,17 @@ def _activate() -> str:
 
 if find_spec("mlir_tensorrt") is None:
     ENGINE = _activate()
+
+
+def multiply_in_bfloat16(on: bool = True):
+    """Let quantized weights be multiplied in bfloat16, by what is compiled or loaded from now on; ENGINE says so.
+
+    Two to four times as fast as dequantizing them, which is exact; the results lie within 1e-2.
+    """
+    global ENGINE
+    if ENGINE is None:
+        raise RuntimeError("multiply_in_bfloat16 is for the CPU: TensorRT is here")
+    from . import weights
+
+    weights.BFLOAT16 = on
+    ENGINE = ENGINE.removesuffix(BFLOAT16) + BFLOAT16 * on
