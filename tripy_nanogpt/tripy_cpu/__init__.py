@@ -28,6 +28,7 @@ def _activate() -> str:
     from nvtripy.backend.mlir.compiler import Compiler
     from nvtripy.backend.mlir.utils import OUTPUT_SEPARATOR, map_error_to_user_code_and_raise
     from nvtripy.trace.trace import Trace
+    from nvtripy.utils import stack_info
 
     def compile(self, module, trace=None):
         try:
@@ -37,6 +38,7 @@ def _activate() -> str:
 
     Trace.to_mlir = lambda self: self
     Compiler.compile = compile
+    stack_info.get_stack_info = runtime.get_stack_info
     memref.tolist = lambda value: value.data.tolist()
     return f"nvtripy {found}'s front end, executed by torch {torch.__version__.partition('+')[0]}"
 

@@ -247,6 +247,5 @@ KERNELS = {
     "topk.TopKMin": partial(top_k, largest=False),
     "where.Where": plain(torch.where),
 }
-KERNELS |= {
-    f"unary.{name}": wide(plain(getattr(torch, name.lower()))) for name in "Exp Log Sin Cos Sqrt Tanh Sigmoid".split()
-}
+for _name in ("exp", "log", "sin", "cos", "sqrt", "tanh", "sigmoid"):
+    KERNELS[f"unary.{_name.capitalize()}"] = wide(plain(getattr(torch, _name)))

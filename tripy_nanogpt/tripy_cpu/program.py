@@ -142,7 +142,7 @@ class Program:
             raise_error(f"This is no executable for the CPU: {error}")
 
     def fold(self):
-        """Compute now what depends on constants alone, as TensorRT's builder does. Weights stay as small as they are."""
+        """Compute now what depends on constants alone, as TensorRT's builder does; weights stay as small as they are."""
         body = []
         for node in self.nodes:
             values = [self.constants.get(i) for i in node.inputs]
