@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nvtripy as tp
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tripy_nanogpt import tripy_cpu  # noqa: I001  before nvtripy
+from tripy_nanogpt import tripy_cpu
+
+# isort: split
+import nvtripy as tp  # once tripy_cpu has made its place
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(tripy_cpu.ENGINE is None, reason="TensorRT is here: this is for machines without it")
@@ -54,8 +56,8 @@ def test_engine_names_versions():
 def test_real_installation_is_not_shadowed(tmp_path):
     (tmp_path / "mlir_tensorrt").mkdir()
     (tmp_path / "mlir_tensorrt" / "__init__.py").touch()
-    code = "from tripy_nanogpt import tripy_cpu\nprint(tripy_cpu.ENGINE, 'tensorrt' in sys.modules, 'torch' in sys.modules)"
-    done = python(code, tmp_path)
+    code = "print(tripy_cpu.ENGINE, 'tensorrt' in sys.modules, 'torch' in sys.modules)"
+    done = python(f"from tripy_nanogpt import tripy_cpu\n{code}", tmp_path)
     assert done.stdout.split() == ["None", "False", "False"], done.stderr
 
 
@@ -222,6 +224,25 @@ def test_float8_does_not_leave_through_dlpack():
     assert get(tp.dequantize(x, 1.0, tp.float32)).tolist() == [1.0, 2.0]
 
 
+def test_outputs_along_the_way_to_another_stay_what_they_are():
+    weight, bias = tp.Tensor(torch.eye(160)), tp.Tensor(torch.ones(160))
+
+    def function(x):
+        product = x @ weight
+        return [product, tp.reshape(product, (1, 160)), product + bias, tp.reshape(product, (160,)) + bias]
+
+    x = torch.randn(1, 160)
+    outputs = tp.compile(function, args=[info(1, 160)])(put(x))
+    for out, expected in zip(outputs, (x, x, x + 1, x[0] + 1), strict=True):
+        assert torch.allclose(get(out), expected, atol=1e-5)
+
+
+def test_index_that_is_not_there_raises_nvtripys_error():
+    function = tp.compile(lambda x, i: tp.gather(x, 0, i), args=[info(3, 2), info(1, dtype=tp.int32)])
+    with pytest.raises(tp.TripyException, match="index 3"):
+        function(put(torch.ones(3, 2)), at(3))
+
+
 # -- caches: where(slots == position, new, old) is a write in place that nobody can see
 
 S = 16
@@ -302,6 +323,17 @@ def test_cache_that_is_read_after_the_update_is_not_written():
     start = torch.randn(2, S, 3)
     cache, doubled = function(put(torch.ones(2, 1, 3)), put(start), at(2))
     assert torch.equal(get(doubled), start * 2) and (get(cache)[:, 2] == 1).all()
+
+
+def test_view_of_a_cache_is_not_written_by_the_next_update():
+    def function(new, old, position):
+        cache = update(new, old, position)[0]
+        return [tp.reshape(cache, (2, 3 * S)), cache, tp.reshape(cache, (2, S, 3))]
+
+    compiled = tp.compile(function, args=[info(2, 1, 3), info(2, S, 3), info(1, dtype=tp.int32)])
+    flat, cache, same = compiled(put(torch.ones(2, 1, 3)), put(torch.zeros(2, S, 3)), at(0))
+    compiled(put(torch.full((2, 1, 3), 5.0)), cache, at(0))
+    assert get(flat)[0, 0] == get(same)[0, 0, 0] == get(cache)[0, 0, 0] == 1
 
 
 def test_random_conditions_are_not_taken_for_slots():

@@ -17,7 +17,8 @@ from .runtime import MemRefValue, MTRTException, PointerType, ScalarTypeCode, Ve
 from .weights import LARGE, Weight
 
 FORMAT = "tripy_cpu 1"
-VIEWS = {"permute.Permute", "reshape.Reshape", "broadcast.Broadcast"}
+UNCHANGED = {"reshape.Reshape", "broadcast.Broadcast"}  # where the shape is the same
+VIEWS = UNCHANGED | {"permute.Permute"}
 PLANS = 8  # kept for as many sets of input shapes
 
 
@@ -44,6 +45,17 @@ class Plan:
     slots: list
     outputs: list
     written: set
+
+    def replay(self, slots):
+        for call, inputs, output, dead in self.steps:
+            result = call(*[slots[i] for i in inputs])
+            if type(output) is int:
+                slots[output] = result
+            else:
+                for i, part in zip(output, result, strict=True):
+                    slots[i] = part
+            for i in dead:
+                slots[i] = None
 
 
 class View:
@@ -142,7 +154,7 @@ class Program:
             raise_error(f"This is no executable for the CPU: {error}")
 
     def fold(self):
-        """Compute now what depends on constants alone, as TensorRT's builder does; weights stay as small as they are."""
+        """Compute now what depends on constants alone, as TensorRT's builder does; weights stay small."""
         body = []
         for node in self.nodes:
             values = [self.constants.get(i) for i in node.inputs]
@@ -199,15 +211,10 @@ class Program:
                     slots[info.slot] = Version(memref.data.clone())
                 else:
                     slots[info.slot] = version
-            for call, inputs, output, dead in plan.steps:
-                result = call(*[slots[i] for i in inputs])
-                if type(output) is int:
-                    slots[output] = result
-                else:
-                    for i, part in zip(output, result, strict=True):
-                        slots[i] = part
-                for i in dead:
-                    slots[i] = None
+            try:
+                plan.replay(slots)
+            except (RuntimeError, IndexError) as error:
+                raise MTRTException(str(error).partition("\n")[0]) from error
         return [
             MemRefValue(slots[slot], PointerType.device, code)
             for slot, code in zip(plan.outputs, self.codes, strict=True)
@@ -259,7 +266,9 @@ class Planner:
         self.users = {}
         for node in program.nodes:
             for i in node.inputs:
-                self.users.setdefault(i, []).append(node)
+                self.users[i] = self.users.get(i, 0) + 1
+        for slot, _ in program.outputs:
+            self.users[slot] = self.users.get(slot, 0) + 1
         for slot, value in program.constants.items():
             if isinstance(value, Weight):
                 self.values[slot] = View(value, torch.empty(value.shape, device="meta"))
@@ -269,8 +278,18 @@ class Planner:
             self.values[info.slot] = memref.data
             if info.is_size:
                 self.fixed.add(info.slot)
+        left, given = self.users.copy(), {i.slot for i in program.inputs}
         for node in program.nodes:
             self.add(node)
+            for i in node.inputs:  # what was computed takes memory no longer than it takes part
+                left[i] -= 1
+                source = self.same.get(i, i)
+                if (
+                    source not in self.fixed
+                    and source not in given
+                    and not any(left.get(n, 0) for n in self.names(source))
+                ):
+                    self.values[source] = None
         outputs = self.finish()
         self.plan = Plan(self.live(outputs), self.slots, outputs, self.written)
 
@@ -291,7 +310,7 @@ class Planner:
             return
         if node.op == "where.Where" and self.in_place(node, inputs, values):
             return
-        call, shapes = None, SHAPES.get(node.op, ())
+        call, shapes, moving = None, SHAPES.get(node.op, ()), []
         if node.op == "matmul.MatrixMultiply" and isinstance(values[1], View):
             call = values[1].product(values[0])
             if call:
@@ -317,11 +336,7 @@ class Planner:
         x = values[0]
         if isinstance(results, tuple):
             self.steps.append((call, inputs, node.outputs))
-        elif results is x or (
-            node.op in VIEWS | {"cast.Cast"}
-            and (results.shape, results.dtype) == (x.shape, x.dtype)
-            and node.op != "permute.Permute"
-        ):
+        elif not moving and (results is x or (node.op in UNCHANGED and results.shape == x.shape)):
             self.same[output] = inputs[0]
         else:
             self.steps.append((call, inputs, output))
@@ -331,13 +346,20 @@ class Planner:
                 self.values[i] = result
         self.remember(node, inputs, values, output)
 
+    def names(self, slot):
+        return [slot, *(i for i, source in self.same.items() if source == slot)]
+
     def with_bias(self, node, inputs, values):
         """A float32 product and the bias that is added to it, in one call."""
         for a, b in ((0, 1), (1, 0)):
             step, bias = self.products.get(inputs[a]), values[b]
             if step is None or node.inputs[b] not in self.fixed:
                 continue
-            if len(self.users[node.inputs[a]]) > 1 or bias.ndim == 0 or bias.shape[-1] != values[a].shape[-1]:
+            if (
+                any(self.users.get(i, 0) > 1 for i in self.names(inputs[a]))
+                or not bias.ndim
+                or bias.shape[-1] != values[a].shape[-1]
+            ):
                 continue
             if any(n > 1 and stride for n, stride in zip(bias.shape[:-1], bias.stride()[:-1], strict=True)):
                 continue
@@ -384,7 +406,7 @@ class Planner:
         outputs = [slot for slot, _ in program.outputs]
         if compared is None or old not in inputs_ or outputs.count(node.outputs[0]) != 1 or old in outputs:
             return False
-        if len(self.users[old]) != 1 or node.inputs[2] != old or inputs[1] in self.fixed:
+        if self.users[old] != 1 or node.inputs[2] != old or inputs[1] in self.fixed:
             return False
         ramp, position = compared
         new, shape = values[1], values[2].shape
@@ -418,7 +440,8 @@ class Planner:
 
     def finish(self):
         """The outputs' slots: memory of their own, where they share it with inputs, constants or each other."""
-        taken = {self.values[i.slot].untyped_storage()._cdata for i in self.program.inputs}
+        own = [*(i.slot for i in self.program.inputs), *self.versions]
+        taken = {self.values[slot].untyped_storage()._cdata for slot in own}
         outputs = []
         for slot, _ in self.program.outputs:
             source = self.same.get(slot, slot)
