@@ -177,10 +177,11 @@ def max_pool(op, x):
 def avg_pool(op, x):
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
     padding = pads(op, x.ndim - 2)
-    total = pool(F.pad(x, padding), op["kernel_dims"], op["stride"])
+    y = x if x.is_floating_point() else x.float()
+    total = pool(F.pad(y, padding), op["kernel_dims"], op["stride"])
     if op["avg_excludes_padding"]:
-        total = total / pool(F.pad(torch.ones_like(x), padding), op["kernel_dims"], op["stride"])
-    return total
+        total = total / pool(F.pad(torch.ones_like(y), padding), op["kernel_dims"], op["stride"])
+    return total if y is x else total.round().to(x.dtype)
 
 
 def resize(op, x, shape=None, mode="nearest"):

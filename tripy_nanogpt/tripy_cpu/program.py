@@ -517,12 +517,13 @@ def lower(trace):
             op._check_address_space()
             constants[number(op.outputs[0])] = op.data.data
             continue
-        attrs = {f.name: plain(getattr(op, f.name)) for f in fields(op) if f.name not in skip}
-        if name == "dequantize.Dequantize":
-            attrs["stored"] = op.inputs[0].dtype.name
-        nodes.append(Node(name, attrs, [number(i) for i in op.inputs], [number(o) for o in op.outputs]))
+        node = Node(name, {}, [number(i) for i in op.inputs], [number(o) for o in op.outputs])
         if name not in KERNELS:
-            raise Failure(nodes[-1], NotImplementedError("the CPU has no kernel for this operation"))
+            raise Failure(node, NotImplementedError("the CPU has no kernel for this operation"))
+        node.attrs |= {f.name: plain(getattr(op, f.name)) for f in fields(op) if f.name not in skip}
+        if name == "dequantize.Dequantize":
+            node.attrs["stored"] = op.inputs[0].dtype.name
+        nodes.append(node)
     outputs = [(number(o), o.dtype.name) for o in trace.outputs]
     constants = {slot: value if _is_matrix(value) else value.clone() for slot, value in constants.items()}
     return Program(inputs, nodes, outputs, _weights(constants), len(numbers)).fold()

@@ -202,7 +202,8 @@ def get_stack_info(include_code_index=None):
         module, code = frame.f_globals.get("__name__"), frame.f_code
         target = frame.f_locals["key"] if (module, code.co_name) == (registry, "wrapper") else ""
         columns = column_range(code, frame.f_lineno) if hasattr(code, "co_positions") else None
-        info.append(SourceInfo(module, code.co_filename, frame.f_lineno, code.co_name, None, target, columns))
+        if not (module or "").startswith(__package__):  # nobody looks for a mistake in here
+            info.append(SourceInfo(module, code.co_filename, frame.f_lineno, code.co_name, None, target, columns))
         frame = frame.f_back
     return info
 
