@@ -212,7 +212,7 @@ def test_torchs_error_names_the_users_line():
 
 def test_unsupported_operation_is_named():
     def plugin(x):
-        return tp.plugin("CustomGeluPluginDynamic", [x], output_info=[(1, tp.float32)], type_id=0)
+        return tp.plugin(name="CustomGeluPluginDynamic", inputs=[x], output_info=[(1, tp.float32)], type_id=0)
 
     with pytest.raises(tp.TripyException, match="Plugin: the CPU has no kernel for this operation"):
         tp.compile(plugin, args=[info(2)])
