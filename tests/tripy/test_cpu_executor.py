@@ -384,7 +384,7 @@ def quantized(kind, dtype, N=320, K=256, block=128):
     elif kind == "int4-out":  # blocks of rows of [out, in]
         scale = weight.reshape(N // 64, 64, K).abs().amax(1) / 7
         axis, stored, spread = None, weight, lambda s: s.repeat_interleave(64, 0)
-    else:  # blocks of rows of [in, out]: along the input, as ModelOpt's
+    else:  # int4-in and int4-odd, blocks of rows of [in, out]: along the input, as ModelOpt's
         weight = weight.t().contiguous()
         scale = weight.reshape(K // block, block, N).abs().amax(1) / 7
         axis, stored, spread = None, weight, lambda s: s.repeat_interleave(block, 0)
@@ -403,9 +403,9 @@ def quantized(kind, dtype, N=320, K=256, block=128):
 
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", ["int8", "int8-in", "int4-out", "int4-in"])
+@pytest.mark.parametrize("kind", ["int8", "int8-in", "int4-out", "int4-in", "int4-odd"])
 def test_quantized_products(kind, dtype, rows):
-    linear, dense = quantized(kind, dtype)
+    linear, dense = quantized(kind, dtype, 321 if kind == "int4-odd" else 320)
     x = torch.randn(1, rows, dense.shape[0]).to(dtype)
     ours, expected = run(linear, x), x.double() @ dense.double()
     error = (ours.double() - expected).norm() / expected.norm()
@@ -509,3 +509,27 @@ def test_equal_weights_are_held_once():
         programs[-1](put(torch.randn(1, 300)))
     first, second = (next(iter(p._executable.constants.values())) for p in programs)
     assert first.packed[1] is second.packed[1]
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_float32_weights_are_held_once_and_come_back(transposed):
+    weight = torch.randn(300, 200)
+    kept, size = tp.Tensor(weight), 200 if transposed else 300
+    program = tp.compile(lambda x: x @ (tp.transpose(kept, 1, 0) if transposed else kept), args=[info(1, size)])
+    program(put(torch.randn(1, size)))
+    (held,) = program._executable.constants.values()
+    assert held.tensor is None and torch.equal(held.stored(), weight)
+
+
+def test_table_and_head_can_be_one_weight(tmp_path):
+    table = torch.randn(300, 200)
+    kept = tp.Tensor(table)
+    program = tp.compile(
+        lambda i: tp.gather(kept, 0, i) @ tp.transpose(kept, 1, 0), args=[info((1, 2, 4), dtype=tp.int32)]
+    )
+    for count in (2, 1, 4):
+        ids = torch.arange(count, dtype=torch.int32) * 7
+        assert torch.allclose(get(program(put(ids))), table[ids.long()] @ table.t(), atol=1e-3)
+    program.save(str(tmp_path / "a.json"))
+    again = tp.Executable.load(str(tmp_path / "a.json"))
+    assert torch.equal(get(again(put(ids))), get(program(put(ids))))

@@ -115,7 +115,7 @@ class Program:
                 tensors[f"{slot}"], tensors[f"{slot}.scale"] = value.stored(), value.scale
                 weights[slot] = [value.shape, value.attrs]
             else:
-                value = value.dense() if isinstance(value, Weight) else value
+                value = value.stored() if isinstance(value, Weight) else value
                 tensors[f"{slot}"] = value.clone(memory_format=torch.contiguous_format)
         parts = {
             "inputs": [asdict(i) for i in self.inputs],
@@ -161,7 +161,7 @@ class Program:
             if any(v is None for v in values):
                 body.append(node)
             elif node.op == "dequantize.Dequantize" and _is_matrix(values[0], integers=True):
-                bits = 4 if node.attrs.get("stored") == "int4" else 8
+                bits = 4 if node.attrs["stored"] == "int4" and values[0].shape[1] % 2 == 0 else 8
                 self.constants[node.outputs[0]] = Weight(values[0], values[1], node.attrs | {"bits": bits})
             elif isinstance(values[0], Weight) and node.op in VIEWS:
                 body.append(node)

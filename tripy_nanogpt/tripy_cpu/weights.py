@@ -35,23 +35,21 @@ class Weight:
         if attrs and attrs["bits"] == 4:
             tensor = pack_int4(tensor)
         self.tensor = share(tensor, "plain", torch.clone)
+        self.read = False  # by more than products
         self.packed = None  # (transposed, oneDNN's own layout)
 
     @classmethod
     def restore(cls, tensor, scale, attrs, shape):
         weight = cls.__new__(cls)
         weight.scale, weight.attrs, weight.shape, weight.dtype = scale, attrs, tuple(shape), tensor.dtype
-        weight.tensor, weight.packed = share(tensor, "plain", torch.clone), None
+        weight.tensor, weight.packed, weight.read = share(tensor, "plain", torch.clone), None, False
         return weight
 
     def dense(self):
-        """All of it, as the program's other operations see it."""
+        """All of it, as operations other than products see it."""
         if self.attrs:
             return self.rows(0, self.shape[0], 0)
-        if self.tensor is None:
-            transposed, packed = self.packed
-            tensor = packed.to_dense()
-            self.tensor = tensor if transposed else tensor.t().contiguous()
+        self.read, self.tensor = True, self.stored()
         return self.tensor
 
     def rows(self, first, count, dim):
@@ -78,12 +76,10 @@ class Weight:
             return (BFLOAT16 and self.low_bit(transposed)) or self.quantized(transposed)
         if self.dtype is torch.float32 and PACKS:
             if not self.packed or self.packed[0] is not transposed:
-                dense = self.dense()
-                dense = dense if transposed else dense.t().contiguous()
-                self.packed = (
-                    transposed,
-                    share(dense, "packed", lambda w: torch.ops.mkldnn._reorder_linear_weight(w, 1)),
-                )
+                dense = self.stored() if transposed else self.stored().t().contiguous()
+                self.packed = transposed, share(dense, "packed", pack)
+            if not self.read:
+                self.tensor = None  # oneDNN's layout is enough
             packed = self.packed[1]
             return lambda x, bias=None: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         weight = self.dense() if transposed else share(self.dense(), "transposed", lambda w: w.t().contiguous())
@@ -104,7 +100,7 @@ class Weight:
 
             return product
         block = self.shape[0] // scale.shape[0] if scale.ndim == 2 else 0
-        if bits == 4 and not transposed and axis is None and block in (32, 64, 128, 256):
+        if bits == 4 and not transposed and axis is None and block in (32, 64, 128, 256) and self.shape[1] % 64 == 0:
             if self.packed is None:
                 values = unpack_int4(self.tensor).t().int() + 8
                 self.packed = torch._convert_weight_to_int4pack_for_cpu(values.contiguous(), 1)
@@ -121,12 +117,15 @@ class Weight:
         return None
 
     def stored(self):
-        """The values of a quantized weight as they are saved."""
-        if self.tensor is None:  # only the kernel's own layout is held: its product with one gives them back
+        """What is saved: the weight's values, quantized where it is, also where only a kernel's layout is held."""
+        if self.tensor is None and not self.attrs:
+            transposed, packed = self.packed
+            return packed.to_dense() if transposed else packed.to_dense().t().contiguous()
+        if self.tensor is None:  # the product with one gives them back
             rows, columns = self.shape
             ones = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(rows // 32, columns, 2).contiguous()
             eye = torch.eye(rows, dtype=torch.bfloat16)
-            self.tensor = pack_int4(torch._weight_int4pack_mm_for_cpu(eye, self.packed, 32, ones).to(torch.int8))
+            return pack_int4(torch._weight_int4pack_mm_for_cpu(eye, self.packed, 32, ones).to(torch.int8))
         return self.tensor
 
     def quantized(self, transposed):
@@ -142,6 +141,10 @@ class Weight:
             return torch.cat([x @ (w.t() if transposed else w) for w in chunks], -1).to(dtype)
 
         return product
+
+
+def pack(weight):
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # for one row; it serves more as well
 
 
 def pack_int4(q):
