@@ -129,6 +129,14 @@ def test_products_with_weights(dtype, rows, transposed):
     agree(run(linear, x), expected)
 
 
+@pytest.mark.parametrize("left, right", [((160,), (160, 192)), ((5, 3, 160), (160, 192)), ((2, 5, 160), (1, 160, 192))])
+def test_products_of_other_ranks(left, right):
+    torch.manual_seed(0)
+    x, weight = torch.randn(left), torch.randn(right)
+    kept = tp.Tensor(weight)
+    assert torch.allclose(run(lambda x: x @ kept, x), x @ weight, atol=1e-4)
+
+
 def ordered(x):
     """Halves as integers, one apart where they are one ulp apart."""
     bits = x.view(torch.int16).int()

@@ -82,8 +82,13 @@ class View:
         *batch, k, n = self.meta.shape
         *spread, down, across = self.meta.stride()
         whole = {(rows, columns, columns, 1): False, (columns, rows, 1, columns): True}.get((k, n, down, across))
-        lead = x.shape[: x.ndim - 1][-1 - len(batch) : -1] if x.ndim > 1 else ()
-        if whole is None or len(lead) != len(batch) or any(b not in (1, a) for a, b in zip(lead, batch, strict=True)):
+        lead = x.shape[:-2][-len(batch) :] if batch else ()
+        if (
+            whole is None
+            or x.ndim < 2
+            or len(lead) != len(batch)
+            or any(b not in (1, a) for a, b in zip(lead, batch, strict=True))
+        ):
             return None
         if any(size > 1 and stride for size, stride in zip(batch, spread, strict=True)):
             return None
