@@ -420,6 +420,18 @@ def test_quantized_products(kind, dtype, rows):
     assert error < (1e-6 if dtype is torch.float32 else 5e-4)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_scales_can_be_as_large_as_weights(fast):
+    linear, dense = quantized("int4-in", torch.float32, 3072, 768)
+    x = torch.randn(1, 1, 768)
+    tripy_cpu.multiply_in_bfloat16(fast)
+    try:
+        ours, expected = run(linear, x), x.double() @ dense.double()
+    finally:
+        tripy_cpu.multiply_in_bfloat16(False)
+    assert (ours.double() - expected).norm() / expected.norm() < (1e-2 if fast else 1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("kind", ["int8", "int4-in"])
 def test_bfloat16_products_lie_within_1e_2(kind, rows):

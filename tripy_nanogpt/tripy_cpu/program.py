@@ -167,7 +167,8 @@ class Program:
                 body.append(node)
             elif node.op == "dequantize.Dequantize" and _is_matrix(values[0], integers=True):
                 bits = 4 if node.attrs["stored"] == "int4" and values[0].shape[1] % 2 == 0 else 8
-                self.constants[node.outputs[0]] = Weight(values[0], values[1], node.attrs | {"bits": bits})
+                scale = values[1].dense() if isinstance(values[1], Weight) else values[1]
+                self.constants[node.outputs[0]] = Weight(values[0], scale, node.attrs | {"bits": bits})
             elif isinstance(values[0], Weight) and node.op in VIEWS:
                 body.append(node)
             else:
