@@ -460,7 +460,7 @@ def test_quantized_weights_are_held_at_their_size(kind, size, fast):
     finally:
         tripy_cpu.multiply_in_bfloat16(False)
     held = program._executable.constants.values()
-    tensors = {id(t): t for value in held for t in vars(value).values() if isinstance(t, torch.Tensor)}
+    tensors = {id(t): t for value in held for t in vars(value).values() if torch.is_tensor(t) and not t.is_meta}
     assert sum(t.nbytes for t in tensors.values()) < size * 4 * dense.numel()
 
 
@@ -496,7 +496,7 @@ def test_saved_programs_hold_data_only(tmp_path):
     data = base64.b64decode(json.loads((tmp_path / "a.json").read_text())["executable"])
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header["__metadata__"]["format"] == "tripy_cpu 1"
-    assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F32", "U8", "I32", "BOOL"}
+    assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F32", "I8", "I32", "BOOL"}
 
 
 @pytest.mark.parametrize("spoil", ["half", "empty", "pickle", "foreign", "operation", "slot"])
@@ -528,17 +528,7 @@ def test_equal_weights_are_held_once():
         programs.append(tp.compile(lambda x, kept=kept: x @ kept, args=[info(1, 300)]))
         programs[-1](put(torch.randn(1, 300)))
     first, second = (next(iter(p._executable.constants.values())) for p in programs)
-    assert first.packed[1] is second.packed[1]
-
-
-@pytest.mark.parametrize("transposed", [True, False])
-def test_float32_weights_are_held_once_and_come_back(transposed):
-    weight = torch.randn(300, 200)
-    kept, size = tp.Tensor(weight), 200 if transposed else 300
-    program = tp.compile(lambda x: x @ (tp.transpose(kept, 1, 0) if transposed else kept), args=[info(1, size)])
-    program(put(torch.randn(1, size)))
-    (held,) = program._executable.constants.values()
-    assert held.tensor is None and torch.equal(held.stored(), weight)
+    assert first is second and torch.equal(first, weight) and first.data_ptr() != weight.data_ptr()
 
 
 def test_table_and_head_can_be_one_weight(tmp_path):

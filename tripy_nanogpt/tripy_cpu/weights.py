@@ -1,4 +1,4 @@
-"""Weights: the large constants of a program, held at the size they have, in the layout their products are fast in."""
+"""Weights: constants that programs multiply by, shared by all programs and in the layout their products are fast in."""
 
 import hashlib
 import weakref
@@ -6,153 +6,106 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from .kernels import HALF, dequantize
+from .kernels import HALF
 
-LARGE = 1 << 14  # elements: below, a weight is an ordinary constant
+LARGE = 1 << 14  # elements: below, a constant is multiplied by as it is
 CHUNK = 1 << 18  # elements of a quantized weight that are dequantized at a time: they stay in the second-level cache
-PACKS = torch.backends.mkldnn.is_available()
 BFLOAT16 = False  # multiply quantized weights in bfloat16: faster, within 1e-2
 
-_shared = weakref.WeakValueDictionary()  # one copy of equal weights, however many programs hold them
+_shared = weakref.WeakValueDictionary()
 
 
-def share(tensor, kind, make):
-    """make(tensor), or what it gave for the same bytes before."""
-    raw = tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
-    key = (kind, tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw.numpy()).digest())
+def share(tensor, make=torch.clone):
+    """make(tensor), or what it gave for the same bytes before: equal weights are held once."""
+    if tensor.numel() < LARGE:
+        return make(tensor)
+    raw = tensor.contiguous().view(torch.uint8).numpy()
+    key = (make, tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest())
     made = _shared.get(key)
     if made is None:
         made = _shared[key] = make(tensor)
     return made
 
 
-class Weight:
-    """A matrix [rows, columns] that a program multiplies by, as it is or transposed."""
-
-    def __init__(self, tensor, scale=None, attrs=None):
-        self.scale, self.attrs = scale, attrs  # of Dequantize, where the weight is quantized
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        if attrs and attrs["bits"] == 4:
-            tensor = pack_int4(tensor)
-        self.tensor = share(tensor, "plain", torch.clone)
-        self.read = False  # by more than products
-        self.packed = None  # (transposed, oneDNN's own layout)
-
-    @classmethod
-    def restore(cls, tensor, scale, attrs, shape):
-        weight = cls.__new__(cls)
-        weight.scale, weight.attrs, weight.shape, weight.dtype = scale, attrs, tuple(shape), tensor.dtype
-        weight.tensor, weight.packed, weight.read = share(tensor, "plain", torch.clone), None, False
-        return weight
-
-    def dense(self):
-        """All of it, as operations other than products see it."""
-        if self.attrs:
-            return self.rows(0, self.shape[0], 0)
-        self.read, self.tensor = True, self.stored()
-        return self.tensor
-
-    def rows(self, first, count, dim):
-        """Some rows (dim 0) or columns (dim 1) of a quantized weight, dequantized."""
-        q, scale, axis = self.stored(), self.scale, self.attrs["dim"]
-        if self.attrs["bits"] == 4:
-            q = unpack_int4(q.narrow(dim, first // (1 + dim), count // (1 + dim)))
-        else:
-            q = q.narrow(dim, first, count)
-        if axis is None and scale.ndim == 2:  # blocks of rows
-            block = self.shape[0] // scale.shape[0]
-            if dim == 1:
-                scale = scale.narrow(1, first, count).repeat_interleave(block, 0)
-            else:
-                scale = scale[torch.arange(first, first + count) // block]
-            return dequantize(self.attrs | {"dim": None}, q, scale)
-        if axis is not None and axis % 2 == dim:
-            scale = scale.narrow(0, first, count)
-        return dequantize(self.attrs, q, scale)
-
-    def product(self, transposed, rows):
-        """x -> x @ weight, or x @ weight.T where `transposed`, for x of so many rows."""
-        if self.attrs:
-            return (BFLOAT16 and self.low_bit(transposed)) or self.quantized(transposed)
-        if self.dtype is torch.float32 and PACKS:
-            if not self.packed or self.packed[0] is not transposed:
-                dense = self.stored() if transposed else self.stored().t().contiguous()
-                self.packed = transposed, share(dense, "packed", pack)
-            if not self.read:
-                self.tensor = None  # oneDNN's layout is enough
-            packed = self.packed[1]
-            return lambda x, bias=None: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        weight = self.dense() if transposed else share(self.dense(), "transposed", lambda w: w.t().contiguous())
-        if self.dtype in HALF and rows > 1:  # torch's half-precision product accumulates in float32 for one row alone
-            return lambda x: F.linear(x.float(), weight.float()).to(x.dtype)
-        return lambda x, bias=None: F.linear(x, weight, bias)
-
-    def low_bit(self, transposed):
-        """A product in bfloat16 by torch's kernels for low-bit weights, where they have one for this layout."""
-        scale, bits, axis = self.scale, self.attrs["bits"], self.attrs["dim"]
-        if bits == 8 and transposed and axis == 0:
-            weight, scale = self.tensor, scale.bfloat16()
-
-            def product(x):
-                flat = x.reshape(-1, x.shape[-1]).bfloat16()
-                y = torch._weight_int8pack_mm(flat, weight, scale)
-                return y.to(x.dtype).reshape(*x.shape[:-1], -1)
-
-            return product
-        block = self.shape[0] // scale.shape[0] if scale.ndim == 2 else 0
-        if bits == 4 and not transposed and axis is None and block in (32, 64, 128, 256) and self.shape[1] % 64 == 0:
-            if self.packed is None:
-                values = unpack_int4(self.tensor).t().int() + 8
-                self.packed = torch._convert_weight_to_int4pack_for_cpu(values.contiguous(), 1)
-                self.tensor = None
-            packed = self.packed
-            zeros = torch.stack((scale, torch.zeros_like(scale)), -1).bfloat16()
-
-            def product(x):
-                flat = x.reshape(-1, x.shape[-1]).bfloat16()
-                y = torch._weight_int4pack_mm_for_cpu(flat, packed, block, zeros)
-                return y.to(x.dtype).reshape(*x.shape[:-1], -1)
-
-            return product
-        return None
-
-    def stored(self):
-        """What is saved: the weight's values, quantized where it is, also where only a kernel's layout is held."""
-        if self.tensor is None and not self.attrs:
-            transposed, packed = self.packed
-            return packed.to_dense() if transposed else packed.to_dense().t().contiguous()
-        if self.tensor is None:  # the product with one gives them back
-            rows, columns = self.shape
-            ones = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(rows // 32, columns, 2).contiguous()
-            eye = torch.eye(rows, dtype=torch.bfloat16)
-            return pack_int4(torch._weight_int4pack_mm_for_cpu(eye, self.packed, 32, ones).to(torch.int8))
-        return self.tensor
-
-    def quantized(self, transposed):
-        dim = 0 if transposed else 1
-        size, other = self.shape[dim], self.shape[1 - dim]
-        step = max(2, CHUNK // other // 2 * 2)
-        dtype = self.scale.dtype
-        parts = [(i, min(step, size - i)) for i in range(0, size, step)]
-
-        def product(x):
-            x = x.float()
-            chunks = (self.rows(i, n, dim).float() for i, n in parts)
-            return torch.cat([x @ (w.t() if transposed else w) for w in chunks], -1).to(dtype)
-
-        return product
-
-
 def pack(weight):
     return torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # for one row; it serves more as well
 
 
-def pack_int4(q):
-    """Two values a byte, along the last dimension."""
-    low, high = q.to(torch.int8)[..., ::2], q[..., 1::2]
-    return ((low & 15) | (high << 4)).view(torch.uint8)
+def product(weight, rows):
+    """x -> x @ weight.T, for x of so many rows."""
+    if weight.dtype is torch.float32 and torch.backends.mkldnn.is_available():
+        packed = share(weight.contiguous(), pack)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    weight = weight if weight.is_contiguous() else share(weight.contiguous())
+    if weight.dtype in HALF and rows > 1:  # torch's half-precision product accumulates in float32 for one row alone
+        return lambda x: F.linear(x.float(), weight.float()).to(x.dtype)
+    return lambda x: F.linear(x, weight)
 
 
-def unpack_int4(packed):
-    signed = packed.view(torch.int8)
-    return torch.stack(((signed << 4) >> 4, signed >> 4), -1).flatten(-2)
+class Quantized:
+    """int8 [out, in] with a scale a row, or int4 [in, out], two a byte, with scales for blocks of rows."""
+
+    def __init__(self, q, scale, bits):
+        self.bits, self.scale, self.q, self.fast = bits, scale, share(q), None
+        self.shape = (q.shape[0], q.shape[1] * 8 // bits)
+        self.block = self.shape[0] // scale.shape[0]
+        self.meta = torch.empty(self.shape, device="meta")  # what views of it are taken of
+
+    @classmethod
+    def of(cls, op, q, scale):
+        """The weight that Dequantize would give, if it is one of the two kinds; else None."""
+        if q.ndim != 2 or q.dtype is not torch.int8 or q.numel() < LARGE:
+            return None
+        if op["stored"] == "int8" and op["dim"] == 0:
+            return cls(q, scale.reshape(-1, 1), 8)
+        if op["stored"] == "int4" and op["dim"] is None and scale.ndim == 2 and q.shape[1] % 2 == 0:
+            return cls(((q[:, ::2] & 15) | (q[:, 1::2] << 4)), scale, 4)
+        return None
+
+    def rows(self, start, stop):
+        q = self.stored()[start:stop]
+        if self.bits == 4:
+            q = torch.stack(((q << 4) >> 4, q >> 4), -1).flatten(-2)
+        scale = self.scale[start // self.block : stop // self.block].float().repeat_interleave(self.block, 0)
+        return (q.float() * scale).to(self.scale.dtype)
+
+    def dense(self):
+        return self.rows(0, self.shape[0])
+
+    def product(self, transposed):
+        """x -> x @ weight, or x @ weight.T where `transposed`; None where it is kept for the other."""
+        if transposed != (self.bits == 8):
+            return None
+        return (BFLOAT16 and self.in_bfloat16()) or self.exact
+
+    def exact(self, x):
+        step = max(CHUNK // self.shape[1] // self.block, 1) * self.block
+        parts = [(i, min(i + step, self.shape[0])) for i in range(0, self.shape[0], step)]
+        y, dtype = x.float(), self.scale.dtype
+        if self.bits == 8:
+            return torch.cat([y @ self.rows(i, j).float().t() for i, j in parts], -1).to(dtype)
+        return sum(y[..., i:j] @ self.rows(i, j).float() for i, j in parts).to(dtype)
+
+    def in_bfloat16(self):
+        """A product by torch's kernels for low-bit weights, where they have one."""
+        if self.bits == 8:
+            scale = self.scale.flatten().bfloat16()
+            multiply = lambda x: torch._weight_int8pack_mm(x, self.q, scale)  # noqa: E731
+        elif self.block in (32, 64, 128, 256) and self.shape[1] % 64 == 0:
+            if self.fast is None:
+                q = torch.stack(((self.q << 4) >> 4, self.q >> 4), -1).flatten(-2)
+                self.fast = torch._convert_weight_to_int4pack_for_cpu((q.t().int() + 8).contiguous(), 1)
+                self.q = None  # one layout is enough
+            scales = torch.stack((self.scale, torch.zeros_like(self.scale)), -1).bfloat16()
+            multiply = lambda x: torch._weight_int4pack_mm_for_cpu(x, self.fast, self.block, scales)  # noqa: E731
+        else:
+            return None
+        return lambda x: multiply(x.reshape(-1, x.shape[-1]).bfloat16()).to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def stored(self):
+        if self.q is not None:
+            return self.q
+        ones = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(self.shape[0] // 32, self.shape[1], 2)
+        eye = torch.eye(self.shape[0], dtype=torch.bfloat16)  # the product with one gives the values back
+        q = torch._weight_int4pack_mm_for_cpu(eye, self.fast, 32, ones.contiguous()).to(torch.int8)
+        return (q[:, ::2] & 15) | (q[:, 1::2] << 4)
