@@ -83,11 +83,11 @@ def linspace(op, shape, start, step):
 
 
 def slice_(op, x, start, size, stride, fill=None, mode="default"):
-    inside = torch.tensor(True)
+    inside, views = torch.tensor(True), []
     for dim, (first, count, step) in enumerate(zip(start, size, stride, strict=True)):
         limit, last = x.shape[dim], first + (count - 1) * step
         if count and step > 0 and first >= 0 and last < limit:
-            x = x[(slice(None),) * dim + (slice(first, last + 1, step),)]
+            views.append(slice(first, last + 1, step))
             continue
         index = first + step * torch.arange(count)
         if mode == "reflect":
@@ -98,6 +98,8 @@ def slice_(op, x, start, size, stride, fill=None, mode="default"):
             inside = inside & along((index >= 0) & (index < limit), dim, x.ndim)
             index = index.clamp(0, max(limit - 1, 0))
         x = x.index_select(dim, index)
+        views.append(slice(None))
+    x = x[tuple(views)]
     return torch.where(inside, x, 0 if fill is None else fill).to(x.dtype) if inside.ndim else x
 
 
