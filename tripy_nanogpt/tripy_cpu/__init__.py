@@ -23,7 +23,7 @@ def _activate() -> str:
 
     from . import program, runtime
 
-    runtime.register(program.Program.load)
+    runtime.register(program.Program.load)  # before nvtripy is imported
     from nvtripy.backend.mlir import memref
     from nvtripy.backend.mlir.compiler import Compiler
     from nvtripy.backend.mlir.utils import OUTPUT_SEPARATOR, map_error_to_user_code_and_raise

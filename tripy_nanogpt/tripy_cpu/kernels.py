@@ -126,9 +126,8 @@ def windows(name, op, x, *weights, fill=0, crop=False, **options):
     return function(F.pad(x, padding, value=fill), *weights, **options)
 
 
-def convolution(op, x, *weights, name="conv", crop=False):
-    options = {key: op[key] for key in ("stride", "dilation", "groups")}
-    return windows(name, op, x, *weights, crop=crop, **options)
+def convolution(op, *inputs, name="conv", crop=False):
+    return windows(name, op, *inputs, crop=crop, **{key: op[key] for key in ("stride", "dilation", "groups")})
 
 
 def pool(op, x, name):

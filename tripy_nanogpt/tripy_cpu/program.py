@@ -245,20 +245,19 @@ class Plan:
         """
         (here, new, old), (source, output) = values, (node.inputs[2], node.outputs[0])
         given = source in [i.slot for i in self.inputs] and self.uses.count(source) == 1
-        if (
-            not given
-            or self.results.count(output) != 1
-            or torch.broadcast_shapes(*(v.shape for v in values)) != old.shape
-        ):
+        shape = torch.broadcast_shapes(*(v.shape for v in values))
+        if not given or self.results.count(output) != 1 or shape != old.shape:
             return False
         sizes = zip(here.expand(old.shape).shape, here.expand(old.shape).stride(), strict=True)
         dims = [dim for dim, (size, stride) in enumerate(sizes) if size > 1 and stride]
         if len(dims) != 1 or new.expand(old.shape).stride(dims[0]):
             return False
 
+        line = tuple(slice(None) if dim == dims[0] else 0 for dim in range(old.ndim))
+
         def write(here, new, version):
             old = version.read()
-            at = here.expand(old.shape).movedim(dims[0], 0).flatten(1)[:, 0].nonzero().flatten().tolist()
+            at = here.expand(old.shape)[line].nonzero().flatten().tolist()
             if len(at) > 1:
                 version = Version(torch.where(here, new, old))
             elif at:
