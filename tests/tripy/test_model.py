@@ -8,7 +8,6 @@ from transformers import GPT2LMHeadModel
 
 from shared.sampling import Sampler
 from tripy_nanogpt import model
-from tripy_nanogpt.engine import to_device
 from tripy_nanogpt.model import GPT, GPTConfig
 
 IDS = np.random.default_rng(0).integers(60, size=16).tolist()
@@ -118,8 +117,9 @@ def test_tokens_left_on_the_host_are_named_by_nvtripy(engine):
 
 def test_a_cache_of_another_shape_is_named_by_nvtripy(engine):
     _, cache = engine.prefill(IDS)
-    with pytest.raises(tp.TripyException, match="rank"):
-        engine.decode(1, 3, [to_device([1]), *cache[1:]])
+    short = tp.copy(tp.zeros((1, 2, 8, 16), dtype=engine.config.dtype).eval(), tp.device("cpu"))
+    with pytest.raises(tp.TripyException, match=r"cache\[0\]\[0\].*Dimension 2 has a shape of 8"):
+        engine.decode(1, 3, [tp.copy(short, tp.device("gpu")), *cache[1:]])
 
 
 def test_parameters_of_another_dtype_or_shape_are_refused_by_nvtripy():
