@@ -157,7 +157,14 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 def test_an_interrupt_ends_in_one_line(tmp_path):
     command = [sys.executable, "example.py", "--model=gpt2-nano", "--ignore-eos", "--max-new-tokens=250", "--no-cache"]
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     process.stdout.readline()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
