@@ -10,14 +10,17 @@ from tripy_nanogpt import tripy_cpu
 NAMES = ("auto", "cpu", "gpu")
 
 
-def choose_device(name):
+def choose_device(name, fast=False):
     """A few words for the first line of output, such as `cpu: ...`; ValueError where the device is not to be had."""
     if name not in NAMES:
         raise ValueError(f"--device is {name}, one of {', '.join(NAMES)} is expected")
     if tripy_cpu.ENGINE:
         if name == "gpu":
             raise ValueError("--device is gpu, but nvtripy has no TensorRT here: pip install -r requirements.txt")
+        tripy_cpu.multiply_in_bfloat16(fast)
         return f"cpu: {tripy_cpu.ENGINE}"
+    if fast:
+        raise ValueError("--fast is for the CPU, and nvtripy has TensorRT here")
     if name == "cpu":
         raise ValueError("--device is cpu, but nvtripy has TensorRT here: install requirements-cpu.txt in another venv")
     try:

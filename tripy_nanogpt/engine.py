@@ -3,20 +3,20 @@
 An executable holds its weights, and is a program: it is loaded only where its SHA-256 stands in the file beside it.
 """
 
-import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import nvtripy as tp
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from shared.tokenizer import find_model
+from tripy_nanogpt.files import HERE, fingerprint, sha256, write_beside
 from tripy_nanogpt.model import GPT
-from tripy_nanogpt.weight_loader import load_weights_from_hf, read_config, weight_files
+from tripy_nanogpt.quantization import CNN
+from tripy_nanogpt.weight_loader import fill, load_weights_from_hf, quantized_file, read_config, weight_files
 
-HERE = Path(__file__).resolve().parent
 EXECUTABLES = HERE / "executables"
 CPU, GPU = tp.device("cpu"), tp.device("gpu")
 
@@ -29,24 +29,29 @@ def to_host(tensor):
     return np.from_dlpack(tp.copy(tensor, CPU))
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_engine(model_type, dtype, device, quant_mode=None, dataset_name=CNN, folder=EXECUTABLES):
+    """An Engine for a model in the cache, in the repository or in a folder; device is choose_device's.
 
-
-def fingerprint(weights, *rest):
-    """What executables depend on: the files of weights, the code here, and the rest, which is what else matters."""
-    code = sorted([HERE / "model.py", HERE / "weight_loader.py", *HERE.glob("tripy_cpu/*.py")])
-    parts = [*map(sha256, [*weights, *code]), *map(str, rest)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def load_engine(model_type, dtype, device, folder=EXECUTABLES):
-    """An Engine for a model in the cache, in the repository or in a folder; device is choose_device's."""
+    With a quant_mode, ModelOpt quantizes the weights, unless it did so before.
+    """
     source, dtype = find_model(model_type).folder, getattr(tp, dtype)
-    config = read_config(source, dtype)
-    key = fingerprint(weight_files(source), config, device)
-    return Engine(config, lambda: load_weights_from_hf(GPT(config), model_type, dtype), key, folder)
+    config = read_config(source, dtype, quant_mode)
+    if quant_mode is None:
+        files, calibrated_on = weight_files(source), ""
+
+        def load():
+            return load_weights_from_hf(GPT(config), model_type, dtype)
+    else:
+        files = [quantized_file(source, quant_mode, dataset_name, folder)]
+        with safe_open(files[0], "pt") as file:
+            calibrated_on = file.metadata()["calibrated_on"]
+
+        def load():
+            return fill(GPT(config), load_file(files[0]), dtype)
+
+    engine = Engine(config, load, fingerprint(files, config, device), folder)
+    engine.calibrated_on = calibrated_on
+    return engine
 
 
 class Engine:
@@ -124,16 +129,10 @@ class Engine:
     def _save(self, name, executable):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.json"
-        part = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            executable.save(str(part))
-            digest = sha256(part)
-            path.with_suffix(".sha256").unlink(missing_ok=True)  # until both files are new, there is no executable
-            os.replace(part, path)
-            part.write_text(digest + "\n")
-            os.replace(part, path.with_suffix(".sha256"))
-        finally:
-            part.unlink(missing_ok=True)
+        digest = path.with_suffix(".sha256")
+        digest.unlink(missing_ok=True)  # until both files are new, there is no executable
+        write_beside(path, lambda part: executable.save(str(part)))
+        write_beside(digest, lambda part: part.write_text(sha256(path) + "\n"))
 
     def _load(self, name):
         path = self.folder / f"{name}.json"

@@ -6,6 +6,7 @@ python example.py --input-text "Do people really like using ONNX?" --seed=1
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,13 @@ def parse_arguments():
     add("--top-p", type=float)
     add("--seed", type=int, help="for the same text each time")
     add("--dtype", default="float16", choices=LIMITS, help="(default: %(default)s)")
+    add("--quant-mode", help="int8-weight-only, int4-weight-only, int4-awq, or float8, which is fp8 too")
+    add(
+        "--calibration-data",
+        default="cnn_dailymail",
+        help="a .txt, a .jsonl or a folder, for int4-awq and float8 (default: %(default)s, else text from here)",
+    )
+    add("--fast", action="store_true", help="on the CPU: multiply quantized weights in bfloat16")
     add("--device", default="auto", help="auto, cpu or gpu (default: %(default)s)")
     add("--no-cache", action="store_true", help="compute the whole text anew for each token")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits")
@@ -69,13 +77,8 @@ def verify(engine, dtype, folder, ids):
 
 
 def save(path, **arrays):
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:  # by its name, NumPy would add .npz
-            np.savez(file, **arrays)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with path.open("wb") as file:  # by its name, NumPy would add .npz
+        np.savez(file, **arrays)
 
 
 def main():
@@ -93,17 +96,23 @@ def main():
         # here, for they take two seconds that a mistake above need not wait for
         from tripy_nanogpt.device import choose_device
         from tripy_nanogpt.engine import load_engine
+        from tripy_nanogpt.files import write_beside
+        from tripy_nanogpt.quantization import check_mode
+        from tripy_nanogpt.weight_loader import read_config
 
-        device = choose_device(args.device)
-        engine = load_engine(folder, args.dtype, device)
-        size = engine.config.block_size
+        mode = check_mode(args.quant_mode) if args.quant_mode else None
+        device = choose_device(args.device, args.fast)
+        config = read_config(folder, quant_mode=mode)
+        size = config.block_size
         if len(prompt) > size:
             raise ValueError(f"--input-text is {len(prompt)} tokens long, at most {size} fit into {name}'s context")
+        what = f"{config.count_parameters() / 1e6:.1f}M parameters, {', '.join(filter(None, (args.dtype, mode)))}"
+        print(f"{name} ({what}) on {device}{'' if args.model_type else f'; {why}'}", flush=True)
+        engine = load_engine(folder, args.dtype, device, mode, args.calibration_data)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
-    why = "" if args.model_type else f"; {why}"
-    parameters = engine.config.count_parameters() / 1e6
-    print(f"{name} ({parameters:.1f}M parameters, {args.dtype}) on {device}{why}", flush=True)
+    if engine.calibrated_on:
+        print(f"{mode} calibrated on {engine.calibrated_on}", flush=True)
 
     if args.verify:
         verify(engine, args.dtype, folder, prompt)
@@ -122,7 +131,8 @@ def main():
             print(f"{stream.end()}\n[the context of {size} tokens is full]", end="")
     print(stream.end())
     if args.dump:
-        save(args.dump, prompt_ids=np.array(prompt), tokens=np.array(tokens), logits=np.array(rows))
+        arrays = {"prompt_ids": np.array(prompt), "tokens": np.array(tokens), "logits": np.array(rows)}
+        write_beside(args.dump, partial(save, **arrays))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dtype: tp.dtype = tp.float16
+    quant_mode: str | None = None  # one of MODES in quantization.py
 
     def count_parameters(self):
         C = self.n_embd
@@ -31,7 +32,50 @@ class GPTConfig:
 
 def gelu(x):
     """The tanh approximation, with which GPT-2 was trained; tp.gelu is the exact function, and gives other logits."""
-    return 0.5 * x * (1.0 + tp.tanh(math.sqrt(2 / math.pi) * x * (1.0 + 0.044715 * x * x)))
+    return 0.5 * x * (1.0 + tp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+
+
+def linear(config, in_features, out_features):
+    """A linear layer, with its weights quantized as config.quant_mode says."""
+    if config.quant_mode == "int8-weight-only":  # a scale for each output
+        return tp.Linear(in_features, out_features, dtype=config.dtype, quant_dtype=tp.int8, weight_quant_dim=0)
+    if config.quant_mode in ("int4-weight-only", "int4-awq"):
+        return Int4Linear(in_features, out_features, config)
+    if config.quant_mode == "float8":  # one scale for all weights and one for all inputs
+        return tp.Linear(in_features, out_features, dtype=config.dtype, quant_dtype=tp.float8)
+    return tp.Linear(in_features, out_features, dtype=config.dtype)
+
+
+class Int4Linear(tp.Module):
+    """Weights in int4, in blocks along the input, each with a scale, as ModelOpt makes them.
+
+    tp.quantize makes blocks along the first dimension. In tp.Linear that is the output, and ModelOpt's scales would
+    lie on other weights than they are of. Here it is the input, and the product needs no transpose.
+    """
+
+    def __init__(self, in_features, out_features, config):
+        super().__init__()
+        self.dtype = config.dtype
+        self.weight = tp.ones((in_features, out_features), dtype=config.dtype)
+        self.weight_scale = tp.ones((in_features // int4_block(config), out_features), dtype=config.dtype)
+        self.bias = tp.ones((out_features,), dtype=config.dtype)
+        self.pre_quant_scale = None
+        if config.quant_mode == "int4-awq":  # the weights were divided by it before they were quantized
+            self.pre_quant_scale = tp.ones((in_features,), dtype=config.dtype)
+
+    def forward(self, x):
+        if self.pre_quant_scale is not None:
+            x = x * self.pre_quant_scale
+        q = tp.quantize(self.weight, self.weight_scale, tp.int4)
+        return x @ tp.dequantize(q, self.weight_scale, self.dtype) + self.bias
+
+
+def int4_block(config):
+    """TensorRT knows blocks of 128 and of 64; gpt2-xl's 1,600 channels are no multiple of 128."""
+    for size in 128, 64:
+        if config.n_embd % size == 0:
+            return size
+    raise ValueError(f"{config.quant_mode} needs n_embd to be a multiple of 64, not {config.n_embd}")
 
 
 class LayerNorm(tp.LayerNorm):
@@ -46,8 +90,8 @@ class CausalSelfAttention(tp.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
-        self.c_attn = tp.Linear(config.n_embd, 3 * config.n_embd, dtype=config.dtype)
-        self.c_proj = tp.Linear(config.n_embd, config.n_embd, dtype=config.dtype)
+        self.c_attn = linear(config, config.n_embd, 3 * config.n_embd)
+        self.c_proj = linear(config, config.n_embd, config.n_embd)
 
     def forward(self, x, T, future, here=None, past=None):
         parts = tp.reshape(self.c_attn(x), (1, T, 3, self.n_head, self.head_size))
@@ -64,8 +108,8 @@ class CausalSelfAttention(tp.Module):
 class MLP(tp.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = tp.Linear(config.n_embd, 4 * config.n_embd, dtype=config.dtype)
-        self.c_proj = tp.Linear(4 * config.n_embd, config.n_embd, dtype=config.dtype)
+        self.c_fc = linear(config, config.n_embd, 4 * config.n_embd)
+        self.c_proj = linear(config, 4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(gelu(self.c_fc(x)))
@@ -107,7 +151,8 @@ class GPT(tp.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = tp.Linear(config.n_embd, config.vocab_size, bias=False, dtype=config.dtype)
+        head = {"quant_dtype": tp.float8} if config.quant_mode == "float8" else {}  # the others leave it as it is
+        self.lm_head = tp.Linear(config.n_embd, config.vocab_size, bias=False, dtype=config.dtype, **head)
 
     def forward(self, ids):
         x, _ = self.read(ids)

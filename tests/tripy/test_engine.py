@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tripy_nanogpt import engine as engines
+from tripy_nanogpt import files
 from tripy_nanogpt.device import choose_device
 from tripy_nanogpt.engine import load_engine
 
@@ -45,7 +46,7 @@ def test_an_executable_that_was_changed_is_not_loaded(tiny, kept, capsys):
     again = fresh(tiny, folder)
     np.testing.assert_allclose(run(again), logits, atol=1e-5)
     assert again.compiled == ["prefill"] and "prefill.json is not what prefill.sha256 says" in capsys.readouterr().err
-    assert engines.sha256(path) == path.with_suffix(".sha256").read_text().strip()
+    assert files.sha256(path) == path.with_suffix(".sha256").read_text().strip()
 
 
 def test_an_executable_without_its_sha256_is_not_loaded(tiny, kept):
@@ -63,7 +64,7 @@ def test_each_part_of_the_key_asks_for_other_executables(tiny, tmp_path, monkeyp
     keys.add(load_engine(tiny, "float32", "another device or version", tmp_path).folder.name)
     (tmp_path / "model.py").write_text("# another model.py")
     (tmp_path / "weight_loader.py").write_text("")
-    monkeypatch.setattr(engines, "HERE", tmp_path)
+    monkeypatch.setattr(files, "HERE", tmp_path)
     keys.add(fresh(tiny, tmp_path).folder.name)
     assert len(keys) == 6
 
