@@ -96,7 +96,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from tripy_nanogpt.device import choose_device
 from tripy_nanogpt.engine import load_engine
-load_engine(sys.argv[2], "float32", choose_device("auto"), sys.argv[3]).prefill(range(16))
+load_engine(sys.argv[2], "float32", choose_device("auto"), folder=sys.argv[3]).prefill(range(16))
 """
 
 
@@ -117,7 +117,7 @@ def bench(report, name, folder, new, executables):
     """Prefill and greedy decoding, with and without the cache, in float32; and decoding in float16."""
     from tripy_nanogpt.engine import load_engine
 
-    engine = load_engine(folder, "float32", report.device, executables)
+    engine = load_engine(folder, "float32", report.device, folder=executables)
     config = engine.config
     reference = load_reference(folder) if report.on_cpu else None
     prompt = np.random.default_rng(0).integers(config.vocab_size, size=config.block_size // 2).tolist()
@@ -132,7 +132,7 @@ def bench(report, name, folder, new, executables):
         ours = partial(make_text, engine, ids, count, cached)
         peer = partial(reference, ids, count, cached) if reference else None
         report.add(work, name, "float32", len(ids), count, ours, peer, read=read if work == "decode" else 0)
-    half, count = load_engine(folder, "float16", report.device, executables), min(new, 16)
+    half, count = load_engine(folder, "float16", report.device, folder=executables), min(new, 16)
     report.add("decode_float16", name, "float16", 16, count, partial(make_text, half, (2 * prompt)[:16], count))
 
 

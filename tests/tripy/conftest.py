@@ -1,6 +1,7 @@
 """No test asks a hub; the tiny models are random, with weights large enough for logits that differ."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from shared.tokenizer import find_model
 from tripy_nanogpt.device import choose_device
 from tripy_nanogpt.engine import load_engine
+from tripy_nanogpt.quantization import modelopt_quantize
 
 SHAPE = {"n_positions": 16, "vocab_size": 60, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -51,4 +54,30 @@ def dtype(request):
 
 @pytest.fixture(scope="session")
 def engine(tiny, executables, dtype):
-    return load_engine(tiny, dtype, choose_device("auto"), executables)
+    return load_engine(tiny, dtype, choose_device("auto"), folder=executables)
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """The folder of a random GPT-2 of 128 channels, which int4 has a block for, with gpt2-nano's tokenizer."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(1)
+    config = GPT2Config(n_positions=32, vocab_size=1408, n_layer=2, n_head=2, n_embd=128, initializer_range=0.1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(find_model("gpt2-nano").folder / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fake_quantized(wide):
+    """mode -> the model as ModelOpt has quantized it: what it computes is the truth for ours."""
+    kept = {}
+
+    def quantized(mode):
+        if mode not in kept:
+            model = GPT2LMHeadModel.from_pretrained(wide, dtype=torch.float32).eval()
+            kept[mode] = modelopt_quantize(model, mode)
+        return kept[mode]
+
+    return quantized

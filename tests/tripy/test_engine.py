@@ -12,7 +12,7 @@ IDS = list(range(8))
 
 
 def fresh(tiny, folder, dtype="float32"):
-    return load_engine(tiny, dtype, choose_device("auto"), folder)
+    return load_engine(tiny, dtype, choose_device("auto"), folder=folder)
 
 
 def run(engine):
@@ -60,8 +60,8 @@ def test_an_executable_without_its_sha256_is_not_loaded(tiny, kept):
 
 def test_each_part_of_the_key_asks_for_other_executables(tiny, tmp_path, monkeypatch):
     keys = {fresh(tiny, tmp_path, dtype).folder.name for dtype in ("float32", "float16", "bfloat16")}
-    keys.add(load_engine("gpt2-nano", "float32", choose_device("auto"), tmp_path).folder.name)
-    keys.add(load_engine(tiny, "float32", "another device or version", tmp_path).folder.name)
+    keys.add(load_engine("gpt2-nano", "float32", choose_device("auto"), folder=tmp_path).folder.name)
+    keys.add(load_engine(tiny, "float32", "another device or version", folder=tmp_path).folder.name)
     (tmp_path / "model.py").write_text("# another model.py")
     (tmp_path / "weight_loader.py").write_text("")
     monkeypatch.setattr(files, "HERE", tmp_path)
