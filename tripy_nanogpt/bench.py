@@ -1,6 +1,7 @@
 """How fast: the time to a first token, prefill and decoding, beside transformers in turns.
 
     python bench.py [--model NAME | --random NAME] [--new-tokens N]
+    python bench.py --quant-modes                                      each mode's perplexity, bytes and speed
 
 The last line of output is one JSON document.
 """
@@ -8,6 +9,7 @@ The last line of output is one JSON document.
 import argparse
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,11 +46,15 @@ def bandwidth():
 
 def write_random(name, folder):
     import torch
+    import transformers
     from transformers import GPT2Config, GPT2LMHeadModel
 
     layers, heads, width = SHAPES[name]
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).save_pretrained(folder)
+    for file in "vocab.json", "merges.txt":  # calibration needs some tokens
+        shutil.copy(find_model("gpt2-nano").folder / file, folder)
 
 
 class Report:
@@ -157,6 +163,7 @@ def main():
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano without it)")
     which.add_argument("--random", choices=SHAPES, help="that shape, with random weights")
+    parser.add_argument("--quant-modes", action="store_true", help="of gpt2's shape, without --model")
     parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or gpu (default: %(default)s)")
     args = parser.parse_args()
@@ -173,9 +180,10 @@ def measure(args, scratch):
         if args.new_tokens < 2:
             raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
         device = choose_device(args.device)
-        if args.random:
-            name, folder = f"{args.random}-random", scratch / "model"
-            write_random(args.random, folder)
+        shape = args.random or ("gpt2" if args.quant_modes and not args.model else None)
+        if shape:
+            name, folder = f"{shape}-random", scratch / "model"
+            write_random(shape, folder)
         else:
             name, folder, _ = find_model(args.model)
         room = read_config(folder).block_size - 16
@@ -184,6 +192,11 @@ def measure(args, scratch):
     except (ValueError, ImportError) as error:
         fail(error)
     report = Report(device)
+    if args.quant_modes:
+        from tripy_nanogpt.bench_quant import bench_quant_modes
+
+        bench_quant_modes(report, name, folder, args.new_tokens, scratch / "executables")
+        return report.results
     first_tokens(report, name, folder, scratch / "executables")
     bench(report, name, folder, args.new_tokens, scratch / "executables")
     return report.results
