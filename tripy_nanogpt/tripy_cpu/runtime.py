@@ -1,0 +1,184 @@
+"""Stand-ins for TensorRT's Python modules, just what nvtripy's front end touches.
+
+Host and device memory are both the CPU's: the device is a tag, so that nvtripy's own rules (where constants, inputs and
+outputs live) stay enforced.
+"""
+
+import enum
+import functools
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
+import torch
+
+from .kernels import DTYPES
+
+
+class StandIn(types.ModuleType):
+    """A module, or any other name of TensorRT's: nvtripy mentions many, and calling one is an error."""
+
+    def __init__(self, name, **attrs):
+        super().__init__(name)
+        self.__spec__, self.__path__ = ModuleSpec(name, None, is_package=True), []
+        self.__dict__.update(attrs)
+
+    def __getattr__(self, attr):
+        if attr.startswith("__"):
+            raise AttributeError(attr)
+        return StandIn(f"{self.__name__}.{attr}")
+
+    def __call__(self, *args, **kwargs):
+        raise NotImplementedError(f"{self.__name__} needs TensorRT: this is nvtripy on the CPU")
+
+
+class ScalarTypeCode(enum.Enum):  # each holds nvtripy's name of the type
+    i1, i4, i8, i32, i64 = "bool", "int4", "int8", "int32", "int64"
+    f16, f32, f8e4m3fn, bf16 = "float16", "float32", "float8", "bfloat16"
+
+
+CODES = {dtype: ScalarTypeCode(name) for name, dtype in DTYPES.items() if name != "int4"}
+PointerType = enum.Enum("PointerType", "host device")
+
+
+class MTRTException(Exception):
+    pass
+
+
+class Version:
+    """A tensor's value at one moment, where a later value may live in the same memory.
+
+    An executable that replaces one slot of a cache writes it in place. Whoever still holds the older cache gets it back
+    from the newer one and the slot that was overwritten; a cache that nobody holds any more costs nothing.
+    """
+
+    def __init__(self, tensor):
+        self.tensor, self.newer, self.undo = tensor, None, None
+        self.shared = False  # with a view outside nvtripy, which must not see a write in place
+
+    def read(self):
+        chain, version = [], self
+        while version.newer is not None:
+            chain.append(version.undo)
+            version = version.newer
+        if chain:
+            self.tensor = version.tensor.clone()
+            for dim, index, old in reversed(chain):
+                self.tensor.narrow(dim, index, 1).copy_(old)
+            self.newer = self.undo = None
+        return self.tensor
+
+    def write(self, dim, index, row):
+        """The value with one slot replaced. The caller sees to it that nobody else sees the memory."""
+        tensor = self.read()
+        slot, newer = tensor.narrow(dim, index, 1), Version(tensor)
+        self.undo, self.newer, self.tensor = (dim, index, slot.clone()), newer, None
+        slot.copy_(row)
+        return newer
+
+
+class MemRefValue:
+    """Memory that nvtripy holds: a tensor, its element type, and whether it counts as the device's."""
+
+    def __init__(self, value, address_space, dtype=None):
+        self.version = value if isinstance(value, Version) else Version(value)
+        self.address_space = address_space
+        self.dtype = dtype or CODES[self.version.tensor.dtype]
+        self.shape = list(self.version.tensor.shape)
+
+    data = property(lambda self: self.version.read())
+    strides = property(lambda self: list(self.data.stride()))
+
+    def __dlpack__(self, stream=None):
+        if self.dtype in (ScalarTypeCode.f8e4m3fn, ScalarTypeCode.i4):
+            bits = "kFloat bits 8" if self.dtype is ScalarTypeCode.f8e4m3fn else "kInt bits 4"
+            raise MTRTException(f"InvalidArgument: Unsupported {bits}")
+        self.version.shared = True
+        return self.data.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.data.__dlpack_device__()
+
+
+class RuntimeClient:
+    def get_devices(self):
+        return ["cpu"]
+
+    def create_stream(self):
+        return types.SimpleNamespace(ptr=0, sync=lambda: None)
+
+    def create_memref(self, array=None, *, shape, dtype, device=None, stream=None):
+        kind = DTYPES[dtype.value]
+        data = torch.zeros(shape, dtype=kind)
+        if array is not None:
+            stored = torch.int8 if kind is torch.bool else kind
+            data = torch.frombuffer(array, dtype=stored).to(kind, copy=True).reshape(shape)
+        return MemRefValue(data, PointerType.host if device is None else PointerType.device, dtype)
+
+    def create_memref_view_from_dlpack(self, capsule, assert_canonical_strides=True):
+        data = torch.from_dlpack(capsule)
+        if data.dtype not in CODES or data.dtype is DTYPES["float8"]:
+            raise MTRTException(f"InvalidArgument: Unsupported element type {data.dtype}")
+        if assert_canonical_strides and data.numel() and not data.is_contiguous():
+            strides, canonical = data.stride(), torch.empty(data.shape, device="meta").stride()
+            message = f"Given strides {list(strides)} do not match canonical strides {list(canonical)}"
+            raise MTRTException(f"{message} for shape {list(data.shape)}")
+        return MemRefValue(data, PointerType.host)
+
+    def copy_to_host(self, *, device_memref, existing_host_memref=None, stream=None):
+        return MemRefValue(device_memref.data.clone(), PointerType.host, device_memref.dtype)
+
+    def copy_to_device(self, *, host_memref, device, stream=None):
+        return MemRefValue(host_memref.data.clone(), PointerType.device, host_memref.dtype)
+
+
+class RuntimeSession:
+    def __init__(self, options, executable):
+        self.program = executable
+
+    def execute_function(self, name, in_args, stream=None, client=None):
+        return self.program(in_args)
+
+
+@functools.cache
+def column_range(code, line):
+    """The columns of a line, where all its bytecode agrees on them."""
+    spans = {(start, end) for first, _, start, end in code.co_positions() if first == line and None not in (start, end)}
+    return spans.pop() if len(spans) == 1 else None
+
+
+def get_stack_info(include_code_index=None):
+    """nvtripy.utils.stack_info.get_stack_info with a memory: finding columns took two thirds of the time to trace."""
+    from nvtripy.utils.stack_info import SourceInfo, StackInfo
+
+    info, frame = StackInfo([], include_code_index), sys._getframe(1)
+    while frame and len(info) < 100:
+        module, code, line = frame.f_globals.get("__name__") or "", frame.f_code, frame.f_lineno
+        target = frame.f_locals["key"] if (module, code.co_name) == (REGISTRY, "wrapper") else ""
+        if not module.startswith(__package__):  # nobody looks for a mistake in here
+            columns = column_range(code, line) if hasattr(code, "co_positions") else None
+            info.append(SourceInfo(module, code.co_filename, line, code.co_name, None, target, columns))
+        frame = frame.f_back
+    return info
+
+
+REGISTRY = "nvtripy.utils.function_registry"
+RUNTIME = (ScalarTypeCode, PointerType, MTRTException, MemRefValue, RuntimeClient, RuntimeSession)
+
+
+def register(executable):
+    """Put the stand-ins where nvtripy will import them from."""
+    classes = {cls.__name__: cls for cls in RUNTIME} | {"Executable": executable}
+    context = types.SimpleNamespace(enable_multithreading=lambda on: None)
+    attrs = {
+        "runtime.api": classes | {"RuntimeSessionOptions": lambda num_devices=1, device_id=0: None},
+        "compiler.api": {"CompilerClient": lambda context: None},
+        "compiler.ir": {"Context": lambda: context},
+    }
+    names = ["runtime", "runtime.api", "compiler", "compiler.api", "compiler.ir", "compiler.dialects"]
+    names += [f"compiler.dialects.{name}" for name in ("tensorrt", "func", "affine", "_ods_common")]
+    for name in ("tensorrt", "tensorrt.plugin", "mlir_tensorrt", *(f"mlir_tensorrt.{name}" for name in names)):
+        module = sys.modules[name] = StandIn(name, **attrs.get(name.removeprefix("mlir_tensorrt."), {}))
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
