@@ -163,7 +163,6 @@ def test_an_interrupt_ends_in_one_line(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     process.stdout.readline()
     time.sleep(0.5)
