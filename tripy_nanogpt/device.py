@@ -17,8 +17,8 @@ def choose_device(name, fast=False):
     if tripy_cpu.ENGINE:
         if name == "gpu":
             raise ValueError("--device is gpu, but nvtripy has no TensorRT here: pip install -r requirements.txt")
-        tripy_cpu.multiply_in_bfloat16(fast)
-        return f"cpu: {tripy_cpu.ENGINE}"
+        tripy_cpu.weights.BFLOAT16 = fast
+        return f"cpu: {tripy_cpu.ENGINE}{', quantized weights multiplied in bfloat16' * fast}"
     if fast:
         raise ValueError("--fast is for the CPU, and nvtripy has TensorRT here")
     if name == "cpu":

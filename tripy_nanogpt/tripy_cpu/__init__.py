@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 NVTRIPY = "0.1.7"  # the version whose internals are known here
-BFLOAT16 = ", quantized weights multiplied in bfloat16"
 ENGINE = None  # what runs in TensorRT's place, for people
 
 
@@ -26,18 +25,11 @@ def _activate() -> str:
     runtime.register(program.Program.load)  # before nvtripy is imported
     from nvtripy.backend.mlir import memref
     from nvtripy.backend.mlir.compiler import Compiler
-    from nvtripy.backend.mlir.utils import OUTPUT_SEPARATOR, map_error_to_user_code_and_raise
     from nvtripy.trace.trace import Trace
     from nvtripy.utils import stack_info
 
-    def compile(self, module, trace=None):
-        try:
-            return program.lower(module)
-        except program.Failure as failure:
-            map_error_to_user_code_and_raise(module, failure, failure.location(module, OUTPUT_SEPARATOR))
-
     Trace.to_mlir = lambda self: self
-    Compiler.compile = compile
+    Compiler.compile = lambda self, module, trace=None: program.lower(module)
     stack_info.get_stack_info = runtime.get_stack_info
     memref.tolist = lambda value: value.data.tolist()
     return f"nvtripy {found}'s front end, executed by torch {torch.__version__.partition('+')[0]}"
@@ -45,17 +37,3 @@ def _activate() -> str:
 
 if find_spec("mlir_tensorrt") is None:
     ENGINE = _activate()
-
-
-def multiply_in_bfloat16(on: bool = True):
-    """Let quantized weights be multiplied in bfloat16, by what is compiled or loaded from now on; ENGINE says so.
-
-    Two to four times as fast as dequantizing them, which is exact; the results lie within 1e-2.
-    """
-    global ENGINE
-    if ENGINE is None:
-        raise RuntimeError("multiply_in_bfloat16 is for the CPU: TensorRT is here")
-    from . import weights
-
-    weights.BFLOAT16 = on
-    ENGINE = ENGINE.removesuffix(BFLOAT16) + BFLOAT16 * on

@@ -15,11 +15,9 @@ DTYPES = {name: getattr(torch, name) for name in ("bool", "int8", "int32", "int6
 DTYPES |= {"int4": torch.int8, "float8": torch.float8_e4m3fn}  # int4 lives in int8 while it is computed with
 
 # Which inputs are shapes, by position
-SHAPES = {
-    **dict.fromkeys(("slice.Slice", "slice.SliceFill", "slice.SliceReflect"), (1, 2, 3)),
-    **dict.fromkeys(("resize.ResizeNearest", "resize.ResizeLinear", "resize.ResizeCubic"), (1,)),
-    **{"broadcast.Broadcast": (1,), "reshape.Reshape": (1,), "linspace.Linspace": (0,)},
-}
+SHAPES = {f"slice.{name}": (1, 2, 3) for name in ("Slice", "SliceFill", "SliceReflect")}
+SHAPES |= {f"resize.Resize{name}": (1,) for name in ("Nearest", "Linear", "Cubic")}
+SHAPES |= {"broadcast.Broadcast": (1,), "reshape.Reshape": (1,), "linspace.Linspace": (0,)}
 
 
 def wide(fn):
@@ -66,10 +64,6 @@ def layer_norm(op, x, weight, bias):
     return F.layer_norm(x, shape, weight.reshape(shape), bias.reshape(shape), op["eps"])
 
 
-def instance_norm(op, x, weight, bias):
-    return F.instance_norm(x, weight=weight.reshape(-1), bias=bias.reshape(-1), eps=op["eps"])
-
-
 def along(values, dim, rank):
     """A vector as a tensor of `rank` dimensions that varies along one."""
     return values.reshape([-1] + [1] * (rank - dim % rank - 1))
@@ -112,7 +106,7 @@ def spread(scale, x, dim):
 
 def quantize(op, x, scale):
     y = x.float() / spread(scale, x, op["dim"])
-    y = y if op["dtype"] == "float8" else y.round()  # half to even, as TensorRT
+    y = y if op["dtype"] == "float8" else y.round()  # half to even, as TensorRT does
     return y.clamp(*QUANTIZED[op["dtype"]]).to(DTYPES[op["dtype"]])
 
 
@@ -166,8 +160,10 @@ KERNELS = {
     "convolution.Convolution": wide(convolution),
     "deconvolution.Deconvolution": wide(partial(convolution, name="conv_transpose", crop=True)),
     "dequantize.Dequantize": lambda op, x, s: (x.float() * spread(s, x, op["dim"])).to(DTYPES[op["dtype"]]),
-    "gather.Gather": lambda op, x, index: x[(slice(None),) * op["dim"] + (index,)],
-    "instancenorm.InstanceNorm": wide(instance_norm),
+    "gather.Gather": lambda op, x, index: x[(slice(None),) * op["dim"] + (index[None],)].squeeze(op["dim"]),
+    "instancenorm.InstanceNorm": wide(
+        lambda op, x, w, b: F.instance_norm(x, None, None, w.flatten(), b.flatten(), eps=op["eps"])
+    ),
     "layernorm.LayerNorm": wide(layer_norm),
     "linspace.Linspace": linspace,
     "matmul.MatrixMultiply": wide(plain(torch.matmul)),

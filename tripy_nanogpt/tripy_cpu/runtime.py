@@ -48,13 +48,13 @@ class MTRTException(Exception):
 class Version:
     """A tensor's value at one moment, where a later value may live in the same memory.
 
-    An executable that replaces one slot of a cache writes it in place. Whoever still holds the older cache gets it back
-    from the newer one and the slot that was overwritten; a cache that nobody holds any more costs nothing.
+    An executable that replaces places of a cache writes them in it. Whoever still holds the older cache gets it back
+    from the newer one and what was overwritten; a cache that nobody holds any more costs nothing.
     """
 
     def __init__(self, tensor):
         self.tensor, self.newer, self.undo = tensor, None, None
-        self.shared = False  # with a view outside nvtripy, which must not see a write in place
+        self.shared = False  # with a view outside nvtripy, which must not see a write
 
     def read(self):
         chain, version = [], self
@@ -62,19 +62,16 @@ class Version:
             chain.append(version.undo)
             version = version.newer
         if chain:
-            self.tensor = version.tensor.clone()
-            for dim, index, old in reversed(chain):
-                self.tensor.narrow(dim, index, 1).copy_(old)
-            self.newer = self.undo = None
+            self.tensor, self.newer = version.tensor.clone(), None
+            for dim, places, old in reversed(chain):
+                self.tensor.index_copy_(dim, places, old)
         return self.tensor
 
-    def write(self, dim, index, row):
-        """The value with one slot replaced. The caller sees to it that nobody else sees the memory."""
+    def write(self, dim, places, value):
+        """The newer tensor. The caller sees to it that nobody else sees the memory."""
         tensor = self.read()
-        slot, newer = tensor.narrow(dim, index, 1), Version(tensor)
-        self.undo, self.newer, self.tensor = (dim, index, slot.clone()), newer, None
-        slot.copy_(row)
-        return newer
+        self.newer, self.tensor, self.undo = Version(tensor), None, (dim, places, tensor.index_select(dim, places))
+        return tensor.index_copy_(dim, places, value.expand_as(self.undo[2]))
 
 
 class MemRefValue:
@@ -164,21 +161,22 @@ def get_stack_info(include_code_index=None):
 
 REGISTRY = "nvtripy.utils.function_registry"
 RUNTIME = (ScalarTypeCode, PointerType, MTRTException, MemRefValue, RuntimeClient, RuntimeSession)
+MODULES = ("", ".runtime", ".runtime.api", ".compiler", ".compiler.api", ".compiler.ir", ".compiler.dialects")
+DIALECTS = ("tensorrt", "func", "affine", "_ods_common")
 
 
 def register(executable):
     """Put the stand-ins where nvtripy will import them from."""
-    classes = {cls.__name__: cls for cls in RUNTIME} | {"Executable": executable}
     context = types.SimpleNamespace(enable_multithreading=lambda on: None)
     attrs = {
-        "runtime.api": classes | {"RuntimeSessionOptions": lambda num_devices=1, device_id=0: None},
-        "compiler.api": {"CompilerClient": lambda context: None},
-        "compiler.ir": {"Context": lambda: context},
+        ".runtime.api": {cls.__name__: cls for cls in RUNTIME}
+        | {"Executable": executable, "RuntimeSessionOptions": lambda num_devices=1, device_id=0: None},
+        ".compiler.api": {"CompilerClient": lambda context: None},
+        ".compiler.ir": {"Context": lambda: context},
     }
-    names = ["runtime", "runtime.api", "compiler", "compiler.api", "compiler.ir", "compiler.dialects"]
-    names += [f"compiler.dialects.{name}" for name in ("tensorrt", "func", "affine", "_ods_common")]
-    for name in ("tensorrt", "tensorrt.plugin", "mlir_tensorrt", *(f"mlir_tensorrt.{name}" for name in names)):
-        module = sys.modules[name] = StandIn(name, **attrs.get(name.removeprefix("mlir_tensorrt."), {}))
+    names = [f"mlir_tensorrt{name}" for name in (*MODULES, *(f".compiler.dialects.{name}" for name in DIALECTS))]
+    for name in ("tensorrt", "tensorrt.plugin", *names):
+        module = sys.modules[name] = StandIn(name, **attrs.get(name.removeprefix("mlir_tensorrt"), {}))
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)

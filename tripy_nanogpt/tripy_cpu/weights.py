@@ -1,7 +1,8 @@
-"""Weights: constants that programs multiply by, shared by all programs and in the layout their products are fast in."""
+"""Weights: constants to multiply by, held once for all programs, in the layout that their products are fast in."""
 
 import hashlib
 import weakref
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -10,102 +11,143 @@ from .kernels import HALF
 
 LARGE = 1 << 14  # elements: below, a constant is multiplied by as it is
 CHUNK = 1 << 18  # elements of a quantized weight that are dequantized at a time: they stay in the second-level cache
-BFLOAT16 = False  # multiply quantized weights in bfloat16: faster, within 1e-2
+BFLOAT16 = False  # multiply quantized weights in bfloat16, two to four times as fast and within 1e-2
 
 _shared = weakref.WeakValueDictionary()
+
+
+def storage(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def digest(tensor):
+    raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest()
 
 
 def share(tensor, make=torch.clone):
     """make(tensor), or what it gave for the same bytes before: equal weights are held once."""
     if tensor.numel() < LARGE:
         return make(tensor)
-    raw = tensor.contiguous().view(torch.uint8).numpy()
-    key = (make, tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest())
+    key = make, *digest(tensor)
     made = _shared.get(key)
     if made is None:
         made = _shared[key] = make(tensor)
     return made
 
 
+def weight_of(value):
+    """`x -> x @ value` for a constant that is one large matrix; None for others."""
+    view = value.meta if isinstance(value, Quantized) else value
+    if view.ndim < 2 or not view.is_floating_point() or view.numel() < LARGE:
+        return None
+    matrix = view[(0,) * (view.ndim - 2)]
+    if matrix.numel() != view.numel():
+        return None
+    if isinstance(value, Quantized):
+        return value if value.is_multiplied_by(matrix) else None
+    return Float(matrix.t())
+
+
 def pack(weight):
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # for one row; it serves more as well
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)  # for one row; it serves more as well
 
 
-def product(weight, rows):
-    """x -> x @ weight.T, for x of so many rows."""
-    if weight.dtype is torch.float32 and torch.backends.mkldnn.is_available():
-        packed = share(weight.contiguous(), pack)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    weight = weight if weight.is_contiguous() else share(weight.contiguous())
-    if weight.dtype in HALF and rows > 1:  # torch's half-precision product accumulates in float32 for one row alone
-        return lambda x: F.linear(x.float(), weight.float()).to(x.dtype)
-    return lambda x: F.linear(x, weight)
+class Float:
+    def __init__(self, weight):  # [out, in]
+        packed = weight.dtype is torch.float32 and torch.backends.mkldnn.is_available()
+        self.weight = share(weight, pack if packed else torch.clone)
+
+    def tensors(self):
+        return [self.weight.to_dense() if self.weight.is_mkldnn else self.weight]
+
+    def __call__(self, x):
+        if self.weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        if x.dtype in HALF and x.numel() > x.shape[-1]:  # torch's product accumulates in float32 for one row alone
+            return F.linear(x.float(), self.weight.float()).to(x.dtype)
+        return F.linear(x, self.weight)
 
 
 class Quantized:
-    """int8 [out, in] with a scale a row, or int4 [in, out], two a byte, with scales for blocks of rows."""
+    """int8 [out, in] with a scale for each row, or int4 [in, out], two a byte, with scales for blocks of rows."""
 
-    def __init__(self, q, scale, bits):
-        self.bits, self.scale, self.q, self.fast = bits, scale, share(q), None
-        self.shape = (q.shape[0], q.shape[1] * 8 // bits)
+    def __init__(self, q, scale):
+        self.q, self.scale, self.is_int8 = share(q), scale, scale.shape == (len(q), 1)
+        self.shape = (q.shape[0], q.shape[1] * (1 if self.is_int8 else 2))
         self.block = self.shape[0] // scale.shape[0]
-        self.meta = torch.empty(self.shape, device="meta")  # what views of it are taken of
+        self.meta = torch.empty(self.shape, dtype=scale.dtype, device="meta")  # what views of it are taken of
+        self.fast = BFLOAT16 and (self.is_int8 or (self.block in (32, 64, 128, 256) and self.shape[1] % 64 == 0))
+        if self.fast and not self.is_int8:  # torch's layout, in place of ours
+            self.q, self.scales = share(q, pack_int4), int4_scales(scale)
 
     @classmethod
     def of(cls, op, q, scale):
-        """The weight that Dequantize would give, if it is one of the two kinds; else None."""
-        if q.ndim != 2 or q.dtype is not torch.int8 or q.numel() < LARGE:
-            return None
-        if op["stored"] == "int8" and op["dim"] == 0:
-            return cls(q, scale.reshape(-1, 1), 8)
-        if op["stored"] == "int4" and op["dim"] is None and scale.ndim == 2 and q.shape[1] % 2 == 0:
-            return cls(((q[:, ::2] & 15) | (q[:, 1::2] << 4)), scale, 4)
+        """What Dequantize would give, if it is one of the two kinds; else None."""
+        if q.ndim == 2 and q.dtype is torch.int8 and q.numel() >= LARGE:
+            if op["stored"] == "int8" and op["dim"] == 0:
+                return cls(q, scale.reshape(-1, 1))
+            if op["stored"] == "int4" and op["dim"] is None and scale.ndim == 2 and q.shape[1] % 2 == 0:
+                return cls(as_int4(q), scale)
         return None
 
+    def seen_as(self, meta):
+        """A view; None where it is none."""
+        view = copy(self)
+        view.meta = meta
+        return view if storage(meta) == storage(self.meta) else None
+
+    def is_multiplied_by(self, matrix):
+        return matrix.stride() == ((1, self.shape[1]) if self.is_int8 else (self.shape[1], 1))
+
+    def to(self, device):  # meta
+        return self.meta
+
+    def tensors(self):
+        q = self.q
+        if self.fast and not self.is_int8:
+            eye = torch.eye(self.shape[0], dtype=torch.bfloat16)  # the product with one gives the integers back
+            ones = int4_scales(torch.ones(len(eye) // 32, self.shape[1]))
+            q = as_int4(torch._weight_int4pack_mm_for_cpu(eye, q, 32, ones).to(torch.int8))
+        return [q, self.scale]
+
     def rows(self, start, stop):
-        q = self.stored()[start:stop]
-        if self.bits == 4:
-            q = torch.stack(((q << 4) >> 4, q >> 4), -1).flatten(-2)
+        q = self.tensors()[0][start:stop]
         scale = self.scale[start // self.block : stop // self.block].float().repeat_interleave(self.block, 0)
-        return (q.float() * scale).to(self.scale.dtype)
+        return ((q if self.is_int8 else as_int8(q)).float() * scale).to(self.scale.dtype)
 
     def dense(self):
-        return self.rows(0, self.shape[0])
+        return self.rows(0, self.shape[0]).as_strided(self.meta.shape, self.meta.stride())
 
-    def product(self, transposed):
-        """x -> x @ weight, or x @ weight.T where `transposed`; None where it is kept for the other."""
-        if transposed != (self.bits == 8):
-            return None
-        return (BFLOAT16 and self.in_bfloat16()) or self.exact
-
-    def exact(self, x):
-        step = max(CHUNK // self.shape[1] // self.block, 1) * self.block
+    def __call__(self, x):
+        if self.fast:
+            flat = x.flatten(end_dim=-2).bfloat16()
+            if self.is_int8:
+                y = torch._weight_int8pack_mm(flat, self.q, self.scale.flatten().bfloat16())
+            else:
+                y = torch._weight_int4pack_mm_for_cpu(flat, self.q, self.block, self.scales)
+            return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        y, step = x.float(), max(CHUNK // self.shape[1] // self.block, 1) * self.block
         parts = [(i, min(i + step, self.shape[0])) for i in range(0, self.shape[0], step)]
-        y, dtype = x.float(), self.scale.dtype
-        if self.bits == 8:
-            return torch.cat([y @ self.rows(i, j).float().t() for i, j in parts], -1).to(dtype)
-        return sum(y[..., i:j] @ self.rows(i, j).float() for i, j in parts).to(dtype)
+        if self.is_int8:
+            return torch.cat([y @ self.rows(*part).float().t() for part in parts], -1).to(x.dtype)
+        return sum(y[..., slice(*part)] @ self.rows(*part).float() for part in parts).to(x.dtype)
 
-    def in_bfloat16(self):
-        """A product by torch's kernels for low-bit weights, where they have one."""
-        if self.bits == 8:
-            scale = self.scale.flatten().bfloat16()
-            multiply = lambda x: torch._weight_int8pack_mm(x, self.q, scale)  # noqa: E731
-        elif self.block in (32, 64, 128, 256) and self.shape[1] % 64 == 0:
-            if self.fast is None:
-                q = torch.stack(((self.q << 4) >> 4, self.q >> 4), -1).flatten(-2)
-                self.fast = torch._convert_weight_to_int4pack_for_cpu((q.t().int() + 8).contiguous(), 1)
-                self.q = None  # one layout is enough
-            scales = torch.stack((self.scale, torch.zeros_like(self.scale)), -1).bfloat16()
-            multiply = lambda x: torch._weight_int4pack_mm_for_cpu(x, self.fast, self.block, scales)  # noqa: E731
-        else:
-            return None
-        return lambda x: multiply(x.reshape(-1, x.shape[-1]).bfloat16()).to(x.dtype).reshape(*x.shape[:-1], -1)
 
-    def stored(self):
-        if self.q is not None:
-            return self.q
-        ones = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(self.shape[0] // 32, self.shape[1], 2)
-        eye = torch.eye(self.shape[0], dtype=torch.bfloat16)  # the product with one gives the values back
-        q = torch._weight_int4pack_mm_for_cpu(eye, self.fast, 32, ones.contiguous()).to(torch.int8)
-        return (q[:, ::2] & 15) | (q[:, 1::2] << 4)
+def as_int4(q):
+    return (q[:, ::2] & 15) | (q[:, 1::2] << 4)
+
+
+def as_int8(q):
+    return torch.stack(((q << 4) >> 4, q >> 4), -1).flatten(-2)
+
+
+def pack_int4(q):
+    return torch._convert_weight_to_int4pack_for_cpu((as_int8(q).t().int() + 8).contiguous(), 1)
+
+
+def int4_scales(scale):
+    return torch.stack((scale, torch.zeros_like(scale)), -1).bfloat16()
+
+
+KINDS = {"Tensor": share, "Float": Float, "Quantized": Quantized}  # what a saved program's constants are made by
