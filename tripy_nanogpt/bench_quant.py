@@ -87,7 +87,7 @@ def usual_loader():
 def bench_quant_modes(report, name, folder, new, executables):
     from tripy_nanogpt.bench import make_text
 
-    windows = held_out()
+    windows, count = held_out(), min(new, 32)
     ids = windows[0][:TOKENS]
     plain = load_engine(folder, "float32", choose_device("auto"), folder=executables)
     exact = by_steps(plain, ids)
@@ -113,10 +113,10 @@ def bench_quant_modes(report, name, folder, new, executables):
             "engine": device.partition(": ")[2],
         }
         points.append((f"{mode or 'float32'}{', bfloat16' * fast}", weigh(nano), ppl))
-        ours, peer = (partial(make_text, each, ids[:16], new) for each in (engine, plain))
+        ours, peer = (partial(make_text, each, ids[:16], count) for each in (engine, plain))
         work = f"decode_{mode}{'_fast' * fast}" if mode else "decode"
         dtype = "bfloat16" if fast else "float32"
-        report.add(work, name, dtype, 16, new, ours, peer if mode else None, "float32", **more)
+        report.add(work, name, dtype, 16, count, ours, peer if mode else None, "float32", **more)
         print(
             f"  gpt2-nano's perplexity {ppl:.3f}; {name}'s logits {more['relative_error']:.1e} from float32's, "
             f"the largest is the same in {more['top1_agreement']:.0%}; {more['weight_bytes'] / 1e6:,.0f} MB; "
