@@ -36,6 +36,11 @@ commands = pytest tests/alpha tests/docs --readme alpha_gpt2/README.md {posargs}
 [testenv:beta]
 commands = pytest tests/beta tests/docs --readme beta_nano_gpt/README.md {posargs}
 """
+EXAMPLES = """EXAMPLES = {
+    "alpha_gpt2": Example("--dump={dump}"),
+    "beta_nano_gpt": Example("--dump={dump}"),
+}
+"""
 
 
 def write(path: Path, text: str) -> None:
@@ -55,6 +60,7 @@ def made_up(tmp_path):
     write(tmp_path / ".github" / "workflows" / "ci.yml", "")
     for name in ("__init__", "tokenizer", "sampling"):
         write(tmp_path / "shared" / f"{name}.py", "import numpy")
+    write(tmp_path / "tests" / "house" / "examples.py", EXAMPLES)
     for project, example in (("alpha_gpt2", "example.py"), ("beta_nano_gpt", "run_model.py")):
         folder = tmp_path / project
         write(folder / "README.md", README)
@@ -108,6 +114,7 @@ def test_a_folder_with_a_single_file_is_already_a_project(made_up):
     for part in ("README.md", "model.py", "weight_loader.py", "bench.py", "requirements.txt"):
         assert f"gamma_gpt/{part} is missing or empty" in lines
     assert "gamma_gpt has no example" in lines
+    assert "tests/house/examples.py does not say how to ask gamma_gpt" in lines
     assert "tests/gamma has no tests" in lines
     assert "tox.ini's env_list lacks gamma" in lines
 
@@ -153,6 +160,7 @@ BETA = " imports beta_nano_gpt"
         ("alpha_gpt2/README.md", "## Numbers", "<!--\n## Numbers\n-->", SECTIONS),
         ("alpha_gpt2/model.py", "import numpy", "from ..beta_nano_gpt import x", f"alpha_gpt2/model.py{BETA}"),
         ("alpha_gpt2/model.py", "import numpy", "f('beta_nano_gpt.model')", f"alpha_gpt2/model.py{BETA}"),
+        ("tests/house/examples.py", "beta_nano", "beta", "tests/house/examples.py does not say how to ask beta_nano_"),
         ("shared/tokenizer.py", None, None, "shared/tokenizer.py is missing"),
         ("alpha_gpt2/model.py", "import numpy", "import beta_nano_gpt.model", f"alpha_gpt2/model.py{BETA}"),
         ("alpha_gpt2/model.py", "import numpy", "def f():\n from beta_nano_gpt import x", f"alpha_gpt2/model.py{BETA}"),
