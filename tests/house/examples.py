@@ -1,4 +1,4 @@
-"""How each project's example is asked for a text: for make demo and tests/parity."""
+"""How each project's example is asked for a text: for make demo, make bench and tests/parity."""
 
 import io
 import os
@@ -56,10 +56,13 @@ class Answer(NamedTuple):
 def python_of(root: Path, project: str) -> Path:
     """The python of the project's environment, which tox makes now unless it is there."""
     env = env_of(project)
+    python = root / ".tox" / env / "bin" / "python"
+    if not python.exists():
+        print(f" (its environment is being made, in .tox/{env}: a minute or two)", flush=True)
     made = subprocess.run([sys.executable, "-m", "tox", "run", "-qq", "--notest", "-e", env], cwd=root)
     if made.returncode:
         raise Failed(f"FAILED to make its environment (tox run -e {env})")
-    return root / ".tox" / env / "bin" / "python"
+    return python
 
 
 def command(root: Path, project: str, **settings) -> list[str]:

@@ -5,10 +5,8 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import each
 import pytest
 from house import ROOT, complaints, projects
 
@@ -191,33 +189,6 @@ def test_the_pins_that_stand_in_two_places_agree():
     assert len(pins("tox.ini", "ruff")) == len(pins("tox.ini", "tox")) == 1
     assert pins("tox.ini", "ruff") == pins(".pre-commit-config.yaml", "ruff")
     assert pins("tox.ini", "tox") == pins("Makefile", "tox")
-
-
-# -- make demo and make bench
-
-
-def test_without_projects_there_is_nothing_to_demo(tmp_path, capsys):
-    assert each.main(tmp_path, "demo") == 0
-    assert capsys.readouterr().out == "There are no projects in this checkout yet: nothing to demo.\n"
-
-
-def test_every_project_runs_its_own_script_and_one_that_fails_does_not_stop_the_rest(made_up, capfd, monkeypatch):
-    for env in ("alpha", "beta"):
-        write(made_up / ".tox" / env / "bin" / "python", '#!/bin/sh\necho "$0 $1 in $(pwd)"\ntest $1 != example.py\n')
-        (made_up / ".tox" / env / "bin" / "python").chmod(0o755)
-    write(made_up / "gamma_gpt" / "model.py", "")
-    monkeypatch.setattr(sys, "executable", "true")  # tox, which has made them
-    assert each.main(made_up, "demo") == 1
-    lines = capfd.readouterr().out.splitlines()
-    assert "== alpha_gpt2: cd alpha_gpt2 && python example.py" in lines
-    assert f"{made_up}/.tox/beta/bin/python run_model.py in {made_up}/beta_nano_gpt" in lines
-    assert [line.partition(" in ")[0] for line in lines[-3:]] == [
-        "alpha_gpt2: FAILED with exit status 1",
-        "beta_nano_gpt: done",
-        "gamma_gpt: FAILED, for it has no example,",
-    ]
-    shutil.rmtree(made_up / "gamma_gpt")
-    assert each.main(made_up, "bench") == 0
 
 
 # -- make, on a machine that lacks something
