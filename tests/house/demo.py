@@ -3,6 +3,7 @@
 python tests/house/demo.py
 """
 
+import os
 import sys
 import tempfile
 import textwrap
@@ -85,3 +86,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -109,20 +109,17 @@ def rows(devices: list[Device]) -> list[dict]:
 
 def table(rows: list[dict], models: "list[str] | None" = None) -> str:
     """Limits in tokens/s; m: by memory, a: by arithmetic."""
-    models = models or [model.name for model in MODELS]
-    parts = []
-    for what, title in (
-        ("decode", "decoding behind half a context, tokens/s at most"),
-        ("prefill", "prefill of half a context, tokens/s at most"),
-    ):
-        lines = [f"| {title} | precision | {' | '.join(models)} |", "|---|---" + "|---" * len(models) + "|"]
-        cells = {(row["device"], row["precision"], row["model"]): row for row in rows if row["work"] == what}
-        for device, precision in dict.fromkeys(key[:2] for key in cells):
-            told = (cells[device, precision, model] for model in models)
-            shown = (f"{short(row['tokens_per_s'])} {row['limit'][0]}{'*' * row['fits_on_chip']}" for row in told)
-            lines.append(f"| {device} | {precision} | {' | '.join(shown)} |")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+    columns = [(what, name) for what in ("decode", "prefill") for name in models or [model.name for model in MODELS]]
+    lines = [
+        f"| at most, in tokens/s | precision | {' | '.join(f'{what} {name}' for what, name in columns)} |",
+        "|---|---" + "|---" * len(columns) + "|",
+    ]
+    cells = {((row["device"], row["precision"]), (row["work"], row["model"])): row for row in rows}
+    for device, precision in dict.fromkeys(line for line, _ in cells):
+        told = (cells[(device, precision), column] for column in columns)
+        shown = (f"{short(row['tokens_per_s'])} {row['limit'][0]}{'*' * row['fits_on_chip']}" for row in told)
+        lines.append(f"| {device} | {precision} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
 
 
 def short(number: float) -> str:

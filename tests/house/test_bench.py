@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import bench
+import front_page
 import pytest
 import roofline
+from house import ROOT
 
 ROW = {"model": "gpt2-nano", "device": "cpu", "engine": "an engine", "dtype": "float32", "batch": 1}
 BENCH = """import json, pathlib, sys
@@ -69,7 +71,7 @@ def test_every_project_runs_on_both_models_and_the_report_is_written(house, capf
     line = "| alpha_gpt | 100 tokens/s | 2.00 x | 200 MB | 1,000 tokens/s | 2.00 x | 5.0 ms |"
     assert line in out and line in (house / "results/bench/bench.md").read_text(encoding="utf-8")
     names = {path.name for path in (house / "results" / "bench").iterdir()}
-    assert names == {"runs", "bench.json", "bench.md", "bench.png", "roofline.md"}
+    assert names == {"runs", "bench.json", "bench.md", "bench.png", "roofline.md", "roofline.json"}
 
 
 def test_it_goes_on_where_it_was_stopped(house, capfd):
@@ -166,3 +168,23 @@ SHORT = {0.4: "0", 770: "770", 9994: "9,994", 9996: "10.0k", 54_202: "54.2k", 54
 @pytest.mark.parametrize(("number", "text"), SHORT.items())
 def test_numbers_are_short(number, text):
     assert roofline.short(number) == text
+
+
+# -- the front page
+
+
+def test_the_front_page_shows_what_was_kept_and_nothing_else():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert front_page.filled(page, front_page.parts(front_page.FIGURES)) == page, "run tests/house/front_page.py"
+    kept = json.loads((front_page.FIGURES / "bench.json").read_text(encoding="utf-8"))
+    models = [model for model in bench.MODELS if any(row["of"] == model for row in kept["results"])]
+    assert bench.table(kept["results"], models) in page
+
+
+def test_a_page_without_its_place_is_refused():
+    assert (
+        front_page.filled("<!-- bench -->\nold\n<!-- end -->", {"bench": "new"})
+        == "<!-- bench -->\n\nnew\n<!-- end -->"
+    )
+    with pytest.raises(ValueError, match="README.md has 0 places between <!-- bench --> and <!-- end -->"):
+        front_page.filled("<!-- bench -->\nold", {"bench": "new"})
