@@ -194,12 +194,12 @@ def draw(path: Path, rows: list[dict], models: list[str], bandwidth: float) -> N
             sizes = [row["read_mb_a_token"] for row in points]
             line = np.array([min(sizes) / 1.6, max(sizes) * 1.6])
             memory.loglog(line, bandwidth / 1e6 / line, "k--", lw=1)
+            for axis in memory.xaxis, memory.yaxis:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         memory.set_title(f"MB read a token, and tokens/s;\nthe line: {bandwidth / 1e9:.0f} GB/s, measured", fontsize=10)
         memory.grid(alpha=0.3, which="both")
-        for axis in memory.xaxis, memory.yaxis:
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     handles = [plt.Line2D([], [], color=color, lw=6, label=name) for name, color in colors.items()]
     handles.append(plt.Line2D([], [], color="lightgrey", lw=6, label="transformers, in turns"))
     used = {row["dtype"] for row in rows if row["read_mb_a_token"]}

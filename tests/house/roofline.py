@@ -47,7 +47,7 @@ _QUALCOMM = "https://quic.github.io/cloud-ai-sdk-pages/latest/Getting-Started/Ar
 DEVICES = [
     Device("H100 SXM", 3.35e12, 50e6, _HOPPER, f"{_NVIDIA}/h100/"),
     Device("H200 SXM", 4.8e12, 50e6, _HOPPER, f"{_NVIDIA}/h200/"),
-    # a chip has two: 820 GB/s; 190 TFLOP/s in BF16, FP16, TF32 and cFP8, 47.5 in FP32, 380 TOP/s in INT8
+    # half of a chip: that has 820 GB/s; 190 TFLOP/s in BF16, FP16, TF32 and cFP8, 47.5 in FP32, 380 TOP/s in INT8
     Device(
         "Trainium: one NeuronCore-v2",
         820e9 / 2,
@@ -55,7 +55,7 @@ DEVICES = [
         {"float32": 47.5e12 / 2, "tf32": 190e12 / 2, HALF: 190e12 / 2, "int8": 380e12 / 2, "float8": 190e12 / 2},
         f"{_NEURON}/trainium.html",
     ),
-    # a chip has eight: 2.9 TB/s; 667 TFLOP/s in BF16, FP16 and TF32, 181 in FP32, 1,299 in FP8
+    # an eighth of a chip: that has 2.9 TB/s; 667 TFLOP/s in BF16, FP16 and TF32, 181 in FP32, 1,299 in FP8
     Device(
         "Trainium2: one NeuronCore-v3",
         2.9e12 / 8,

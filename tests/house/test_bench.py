@@ -94,6 +94,26 @@ def test_what_has_changed_is_measured_again(house):
     assert len(calls(house, "alpha")) == 3 and len(calls(house, "beta")) == 2
 
 
+def test_a_project_that_measures_little_is_shown_with_what_it_has(house, capfd):
+    less = (
+        "print(json.dumps({'project': 'alpha_gpt', 'results': [row | {'work': 'prefill', 'peer': None, 'mbu': None}]}))"
+    )
+    row = ROW | {"prompt_tokens": 128, "new_tokens": 1, "tokens_per_s": 9.0, "ttft_ms": None, "ratio": None}
+    script(house, "alpha", body=f"row = {row}; {less}; sys.exit()")
+    script(house, "beta", body="sys.exit(3)")
+    assert run(house, "--models", "gpt2-nano") == 1
+    out = capfd.readouterr().out
+    assert "| alpha_gpt |  |  |  | 9 tokens/s |  |  |" in out and "| beta_gpt |" not in out
+    assert "beta_gpt, gpt2-nano, 3.6M parameters: FAILED with exit status 3 after " in out
+
+
+def test_with_nothing_measured_there_is_still_a_report(house, capfd):
+    for name in "alpha", "beta":
+        script(house, name, body="sys.exit(3)")
+    assert run(house) == 1
+    assert capfd.readouterr().out.count("FAILED with exit status 3") == 4
+
+
 def test_rounds_go_over_all_projects_in_turn_and_their_median_counts(house, capfd):
     body = "print(len(calls.read_text().splitlines()))"
     script(house, "alpha", body=body, rate="[0, 100.0, 300.0, 900.0][len(calls.read_text().splitlines())]")
