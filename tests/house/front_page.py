@@ -36,7 +36,8 @@ def parts(figures: Path) -> dict[str, str]:
 
 def filled(page: str, parts: dict[str, str]) -> str:
     for name, text in parts.items():
-        page, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\1\n{text}\n\2", page, flags=re.S)
+        whole = f"<!-- {name} -->\n\n{text}\n<!-- end -->"
+        page, count = re.subn(f"<!-- {name} -->.*?<!-- end -->", lambda _, whole=whole: whole, page, flags=re.S)
         if count != 1:
             raise ValueError(f"README.md has {count} places between <!-- {name} --> and <!-- end -->, 1 is expected")
     return page
