@@ -11,7 +11,7 @@ demo: $(TOX)
 	@$(TOX) run -qq -e demo
 
 bench: $(TOX)
-	@$(TOX) run -qq -e demo -- bench
+	@$(TOX) run -qq -e bench -- $(BENCH)
 
 fuzz: $(TOX)
 	$(TOX) run -e shared -- --hypothesis-profile=fuzz

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 
-from qaic_gpt2 import compiler, exporter, weight_loader
+from qaic_gpt2 import compiler, exporter, model, weight_loader
 from qaic_gpt2.files import sha256, written_beside
 from qaic_gpt2.generation import Bytes, ExecInfo, PerfMetrics, fix_prompts, generate_batch, print_stats
 from qaic_gpt2.runtime import ENGINE, Session
@@ -57,8 +57,10 @@ class QEFFAutoModelForCausalLM:
             return f"{type(self).__name__}\n{weight_loader.GPT(self.config)}"
 
     def export(self, export_dir=None):
-        """The ONNX file's path; its folder is named by the content of the weights, and made if it is not there."""
-        key = hashlib.sha256(f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__}".encode())
+        """The ONNX file's path; its folder is named by what makes the graph and its weights, and made if not there."""
+        code = [sha256(Path(module.__file__)) for module in (model, weight_loader, exporter)]
+        made_of = f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__} {code}"
+        key = hashlib.sha256(made_of.encode())
         folder = Path(export_dir or home(), f"GPT2LMHeadModel-{key.hexdigest()[:16]}")
         if not folder.is_dir():
             with written_beside(folder) as temporary:

@@ -45,7 +45,8 @@ def complaints(root: Path) -> list[str]:
     """One line for each rule that is broken; none for a house in order."""
     found = [*_shared(root), *_imports(root)]
     for project in projects(root):
-        found += [*_files(root, project), *_readme(root, project), *_pins(root, project), *_tests(root, project)]
+        found += [*_files(root, project), *_readme(root, project), *_example(root, project)]
+        found += [*_pins(root, project), *_tests(root, project)]
     return found
 
 
@@ -80,6 +81,11 @@ def _readme(root: Path, project: str):
         yield f"{project}/README.md needs a mermaid flowchart of the way from weights to text"
     if f"]({project}/" not in _text(root / "README.md"):
         yield f"README.md has no link to {project}/"
+
+
+def _example(root: Path, project: str):
+    if f'"{project}": Example(' not in _text(root / "tests" / "house" / "examples.py"):
+        yield f"tests/house/examples.py does not say how to ask {project} for a text"
 
 
 def _pins(root: Path, project: str):

@@ -5,10 +5,8 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import each
 import pytest
 from house import ROOT, complaints, projects
 
@@ -36,6 +34,11 @@ commands = pytest tests/alpha tests/docs --readme alpha_gpt2/README.md {posargs}
 [testenv:beta]
 commands = pytest tests/beta tests/docs --readme beta_nano_gpt/README.md {posargs}
 """
+EXAMPLES = """EXAMPLES = {
+    "alpha_gpt2": Example("--dump={dump}"),
+    "beta_nano_gpt": Example("--dump={dump}"),
+}
+"""
 
 
 def write(path: Path, text: str) -> None:
@@ -55,6 +58,7 @@ def made_up(tmp_path):
     write(tmp_path / ".github" / "workflows" / "ci.yml", "")
     for name in ("__init__", "tokenizer", "sampling"):
         write(tmp_path / "shared" / f"{name}.py", "import numpy")
+    write(tmp_path / "tests" / "house" / "examples.py", EXAMPLES)
     for project, example in (("alpha_gpt2", "example.py"), ("beta_nano_gpt", "run_model.py")):
         folder = tmp_path / project
         write(folder / "README.md", README)
@@ -108,6 +112,7 @@ def test_a_folder_with_a_single_file_is_already_a_project(made_up):
     for part in ("README.md", "model.py", "weight_loader.py", "bench.py", "requirements.txt"):
         assert f"gamma_gpt/{part} is missing or empty" in lines
     assert "gamma_gpt has no example" in lines
+    assert "tests/house/examples.py does not say how to ask gamma_gpt" in lines
     assert "tests/gamma has no tests" in lines
     assert "tox.ini's env_list lacks gamma" in lines
 
@@ -153,6 +158,7 @@ BETA = " imports beta_nano_gpt"
         ("alpha_gpt2/README.md", "## Numbers", "<!--\n## Numbers\n-->", SECTIONS),
         ("alpha_gpt2/model.py", "import numpy", "from ..beta_nano_gpt import x", f"alpha_gpt2/model.py{BETA}"),
         ("alpha_gpt2/model.py", "import numpy", "f('beta_nano_gpt.model')", f"alpha_gpt2/model.py{BETA}"),
+        ("tests/house/examples.py", "beta_nano", "beta", "tests/house/examples.py does not say how to ask beta_nano_"),
         ("shared/tokenizer.py", None, None, "shared/tokenizer.py is missing"),
         ("alpha_gpt2/model.py", "import numpy", "import beta_nano_gpt.model", f"alpha_gpt2/model.py{BETA}"),
         ("alpha_gpt2/model.py", "import numpy", "def f():\n from beta_nano_gpt import x", f"alpha_gpt2/model.py{BETA}"),
@@ -183,33 +189,6 @@ def test_the_pins_that_stand_in_two_places_agree():
     assert len(pins("tox.ini", "ruff")) == len(pins("tox.ini", "tox")) == 1
     assert pins("tox.ini", "ruff") == pins(".pre-commit-config.yaml", "ruff")
     assert pins("tox.ini", "tox") == pins("Makefile", "tox")
-
-
-# -- make demo and make bench
-
-
-def test_without_projects_there_is_nothing_to_demo(tmp_path, capsys):
-    assert each.main(tmp_path, "demo") == 0
-    assert capsys.readouterr().out == "There are no projects in this checkout yet: nothing to demo.\n"
-
-
-def test_every_project_runs_its_own_script_and_one_that_fails_does_not_stop_the_rest(made_up, capfd, monkeypatch):
-    for env in ("alpha", "beta"):
-        write(made_up / ".tox" / env / "bin" / "python", '#!/bin/sh\necho "$0 $1 in $(pwd)"\ntest $1 != example.py\n')
-        (made_up / ".tox" / env / "bin" / "python").chmod(0o755)
-    write(made_up / "gamma_gpt" / "model.py", "")
-    monkeypatch.setattr(sys, "executable", "true")  # tox, which has made them
-    assert each.main(made_up, "demo") == 1
-    lines = capfd.readouterr().out.splitlines()
-    assert "== alpha_gpt2: cd alpha_gpt2 && python example.py" in lines
-    assert f"{made_up}/.tox/beta/bin/python run_model.py in {made_up}/beta_nano_gpt" in lines
-    assert [line.partition(" in ")[0] for line in lines[-3:]] == [
-        "alpha_gpt2: FAILED with exit status 1",
-        "beta_nano_gpt: done",
-        "gamma_gpt: FAILED, for it has no example,",
-    ]
-    shutil.rmtree(made_up / "gamma_gpt")
-    assert each.main(made_up, "bench") == 0
 
 
 # -- make, on a machine that lacks something

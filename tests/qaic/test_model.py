@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -50,6 +53,23 @@ def test_the_exported_graph_is_what_qefficient_documents(tiny):
     tokens, cache = ["batch_size", "seq_len"], ["batch_size", 4, "ctx_len", 16]
     assert inputs == {"input_ids": tokens, "position_ids": tokens} | dict.fromkeys(caches, cache)
     assert outputs == {"logits": ["batch_size", 1, 97]} | {f"{name}_RetainedState": cache for name in caches}
+
+
+def test_a_changed_model_is_exported_again(tiny, tmp_path):
+    for name in ("qaic_gpt2", "shared"):
+        shutil.copytree(Path(weight_loader.__file__).parents[1] / name, tmp_path / name)
+    code = (
+        f"from qaic_gpt2.auto_model import *; print(QEFFAutoModelForCausalLM.from_pretrained({str(tiny)!r}).export())"
+    )
+
+    def export():
+        return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+
+    first = export()
+    assert export() == first
+    model = tmp_path / "qaic_gpt2" / "model.py"
+    model.write_text(model.read_text(encoding="utf-8").replace("MASKED = -1e4", "MASKED = -2e4"), encoding="utf-8")
+    assert export() != first
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

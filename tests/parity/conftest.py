@@ -1,0 +1,51 @@
+"""What every test here shares: the environments, the models, and the report that is written at the end."""
+
+from pathlib import Path
+
+import pytest
+from examples import python_of
+from house import ROOT
+from parity import NANO, Referee, write_report
+
+
+def pytest_addoption(parser):
+    parser.addoption("--report", default=ROOT / "results" / "parity", type=Path, help="the folder of parity's report")
+
+
+_outcomes = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    config.stash[_outcomes] = []
+
+
+@pytest.fixture(scope="session")
+def outcomes(request):
+    """Collects what the report tells."""
+    return request.config.stash[_outcomes]
+
+
+@pytest.fixture(scope="session")
+def referee():
+    return Referee(NANO)
+
+
+@pytest.fixture(scope="session")
+def pythons():
+    """The python of a project's environment, made when it is first asked for."""
+    made = {}
+
+    def get(project):
+        if project not in made:
+            made[project] = python_of(ROOT, project)
+        return made[project]
+
+    return get
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[_outcomes]:
+        folder = config.getoption("--report")
+        terminalreporter.section("parity with transformers in float32")
+        terminalreporter.write(write_report(folder, config.stash[_outcomes]))
+        terminalreporter.line(f"\nwith a picture, by position, in {folder}")
