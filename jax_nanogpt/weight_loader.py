@@ -86,7 +86,7 @@ def load(folder, dtype="float32"):
     folder = Path(folder)
     try:
         given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} holds no readable config.json: {error}") from None
     if not isinstance(given, dict):
         raise ValueError(f"{folder / 'config.json'} holds no JSON object")

@@ -62,7 +62,7 @@ def write_random(name, folder):
             tensors[key] = tensor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     shape = {"n_layer": layers, "n_head": heads, "n_embd": width, "architectures": ["GPT2LMHeadModel"]}
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}), encoding="utf-8")
 
 
 def make_runner(engine, folder, dtype="float32", batch=1, window=False):

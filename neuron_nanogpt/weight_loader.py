@@ -31,7 +31,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path} holds no JSON object")

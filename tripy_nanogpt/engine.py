@@ -66,17 +66,17 @@ class Engine:
 
     def forward(self, ids):
         """Logits at each position, (T, V)."""
-        return to_host(self._get("forward")(to_device([ids])))[0]
+        return to_host(self.executable("forward")(to_device([ids])))[0]
 
     def prefill(self, ids):
         """Logits behind ids, (V,), and the cache, which stays on the device."""
-        logits, *keys_and_values = self._get("prefill")(to_device([ids]))
+        logits, *keys_and_values = self.executable("prefill")(to_device([ids]))
         return to_host(logits)[0, 0], keys_and_values
 
     def decode(self, token, position, keys_and_values):
         """The same for one more token at position. What keys_and_values held before is gone."""
         cache = [keys_and_values[i : i + 2] for i in range(0, len(keys_and_values), 2)]
-        logits, *keys_and_values = self._get("decode")(to_device([[token]]), to_device([position]), cache)
+        logits, *keys_and_values = self.executable("decode")(to_device([[token]]), to_device([position]), cache)
         return to_host(logits)[0, 0], keys_and_values
 
     # -- text
@@ -98,7 +98,8 @@ class Engine:
 
     # -- executables
 
-    def _get(self, name):
+    def executable(self, name):
+        """The compiled function of that name; what is wrong with the weights is said when the first is compiled."""
         if name not in self._executables:
             self._executables[name] = self._load(name) or self._compile(name)
         return self._executables[name]
@@ -132,12 +133,12 @@ class Engine:
         digest = path.with_suffix(".sha256")
         digest.unlink(missing_ok=True)  # until both files are new, there is no executable
         write_beside(path, lambda part: executable.save(str(part)))
-        write_beside(digest, lambda part: part.write_text(sha256(path) + "\n"))
+        write_beside(digest, lambda part: part.write_text(sha256(path) + "\n", encoding="utf-8"))
 
     def _load(self, name):
         path = self.folder / f"{name}.json"
         try:
-            expected = path.with_suffix(".sha256").read_text().strip()
+            expected = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
             digest = sha256(path)
         except OSError:
             return None

@@ -109,6 +109,7 @@ def main():
         what = f"{config.count_parameters() / 1e6:.1f}M parameters, {', '.join(filter(None, (args.dtype, mode)))}"
         print(f"{name} ({what}) on {device}{'' if args.model_type else f'; {why}'}", flush=True)
         engine = load_engine(folder, args.dtype, device, mode, args.calibration_data)
+        engine.executable("forward" if args.no_cache else "prefill")
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     if engine.calibrated_on:

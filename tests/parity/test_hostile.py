@@ -1,0 +1,105 @@
+"""Checkpoints that are not what they say, given to every project: one line, status 2, nothing written or executed."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from examples import EXAMPLES, ask
+from house import ROOT
+from parity import NANO
+from safetensors.torch import load_file, save_file
+
+
+class Payload:
+    """What unpickling makes a folder of."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def a_pickle(folder, executed):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(str(executed))))
+
+
+def a_torch_file(folder, executed):
+    (folder / "model.safetensors").unlink()
+    torch.save(Payload(str(executed)), folder / "pytorch_model.bin")
+
+
+def half_a_file(folder, executed):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def an_empty_file(folder, executed):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def a_header_of_16_exabytes(folder, executed):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f{}")
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def without_a_tensor(folder, executed):
+    change(folder, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("h.1.ln_1.weight"))))
+
+
+def with_another_shape(folder, executed):
+    def edit(tensors):
+        name = next(name for name in tensors if name.endswith("wpe.weight"))
+        tensors[name] = tensors[name][:-1].clone()
+
+    change(folder, edit)
+
+
+def an_index_out_of_the_folder(folder, executed):
+    shutil.move(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
+    names = dict.fromkeys(load_file(folder.parent / "elsewhere.safetensors"), "../elsewhere.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+
+
+def a_config_a_million_deep(folder, executed):
+    (folder / "config.json").write_text("[" * 1_000_000, encoding="utf-8")
+
+
+def a_config_of_huge_numbers(folder, executed):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = json.dumps(config | {"n_layer": 10**9})
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+HOSTILE = [
+    a_pickle,
+    a_torch_file,
+    half_a_file,
+    an_empty_file,
+    a_header_of_16_exabytes,
+    without_a_tensor,
+    with_another_shape,
+    an_index_out_of_the_folder,
+    a_config_a_million_deep,
+    a_config_of_huge_numbers,
+]
+
+
+@pytest.mark.parametrize("spoil", HOSTILE, ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("project", EXAMPLES)
+def test_a_spoilt_checkpoint_is_refused_in_one_line(project, spoil, pythons, tmp_path):
+    folder, executed = tmp_path / "checkpoint", tmp_path / "executed"
+    shutil.copytree(NANO, folder)
+    spoil(folder, executed)
+    answer = ask(pythons(project), ROOT, project, tmp_path, model=folder, prompt="To be", new_tokens=4)
+    assert answer.status == 2, answer.stderr
+    assert answer.stderr.count("\n") == 1 and str(folder) in answer.stderr and "Traceback" not in answer.stderr
+    assert not executed.exists() and answer.dump is None
