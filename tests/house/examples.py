@@ -81,7 +81,8 @@ def ask(python: Path, root: Path, project: str, scratch: Path, **settings) -> An
     of QEfficient's artifacts."""
     dump = scratch / "dump.npz"
     dump.unlink(missing_ok=True)
-    environment = os.environ | {"QEFF_HOME": str(scratch / "qeff"), "PYTHONUTF8": "1"}
+    # one thread: gpt2-nano is too small for more, which wait for each other wherever other work runs
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"QEFF_HOME": str(scratch / "qeff"), "PYTHONUTF8": "1"}
     words = [str(python), *command(root, project, dump=dump, **settings)]
     start = time.perf_counter()
     run = subprocess.run(words, cwd=scratch, env=environment, capture_output=True, text=True, encoding="utf-8")
