@@ -128,6 +128,8 @@ def load(folder, dtype="float32"):
                 continue  # GPT-2's files also carry causal masks and, at times, the tied head
             if tensor.shape != shape:
                 raise ValueError(f"{file}: {name} has the shape {tensor.shape}, {shape} is expected")
+            if not np.isfinite(np.asarray(tensor, np.float32)).all():
+                raise ValueError(f"{file}: {name} holds NaN or infinity")
             *parents, leaf = path
             branch = params
             for key in parents:

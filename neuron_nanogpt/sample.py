@@ -76,6 +76,8 @@ if __name__ == "__main__":
             main()
     except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:  # found late: a token that the tokenizer lacks, logits that are no numbers
+        fail(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

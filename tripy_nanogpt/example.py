@@ -144,3 +144,5 @@ if __name__ == "__main__":
         sys.exit(130)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:  # found late: a token that the tokenizer lacks, logits that are no numbers
+        fail(error)

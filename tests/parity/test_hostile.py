@@ -11,6 +11,7 @@ from examples import EXAMPLES, ask
 from house import ROOT
 from parity import NANO
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 
 class Payload:
@@ -103,3 +104,26 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(project, spoil, pythons, tmp
     assert answer.status == 2, answer.stderr
     assert answer.stderr.count("\n") == 1 and str(folder) in answer.stderr and "Traceback" not in answer.stderr
     assert not executed.exists() and answer.dump is None
+
+
+def weights_that_are_no_numbers(folder):
+    change(
+        folder, lambda tensors: tensors[next(name for name in tensors if name.endswith("ln_f.weight"))].fill_(torch.nan)
+    )
+
+
+def tokens_that_the_tokenizer_lacks(folder):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=5000, n_positions=64, n_layer=1, n_head=2, n_embd=32)
+    GPT2LMHeadModel(config).save_pretrained(folder)  # the tokenizer has 1,408
+
+
+@pytest.mark.parametrize("spoil", [weights_that_are_no_numbers, tokens_that_the_tokenizer_lacks])
+@pytest.mark.parametrize("project", EXAMPLES)
+def test_what_is_found_late_is_told_in_one_line_too(project, spoil, pythons, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(NANO, folder)
+    spoil(folder)
+    settings = {"prompt": "To be", "new_tokens": 30, "temperature": 1, "top_k": 5000}
+    answer = ask(pythons(project), ROOT, project, tmp_path, model=folder, **settings)
+    assert answer.status == 2 and answer.stderr.count("\n") == 1 and answer.dump is None, answer.stderr
