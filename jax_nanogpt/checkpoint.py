@@ -67,13 +67,16 @@ class Checkpoints:
     def about(self, step):
         return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
+    def config(self, step, dtype="float32"):
+        return GPTConfig(**{**self.about(step)["model"], "dtype": dtype})
+
     def restore_model(self, step, dtype="float32"):
         here = SingleDeviceSharding(jax.devices()[0])  # where the machine has other devices than the one that saved
         items = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=here))
         params = self.manager.restore(step, args=items)["params"]
-        config = GPTConfig(**{**self.about(step)["model"], "dtype": dtype})
-        return config, jax.tree.map(lambda p: jnp.asarray(np.asarray(p), dtype), params)
+        return self.config(step, dtype), jax.tree.map(lambda p: jnp.asarray(np.asarray(p), dtype), params)
 
-    def restore_opt_state(self, step, like):
-        items = ocp.args.Composite(opt_state=ocp.args.StandardRestore(like))
-        return self.manager.restore(step, args=items)["opt_state"]
+    def restore(self, step, item, like):
+        """params or opt_state, in the shapes and places of like, wherever they lay when they were saved."""
+        items = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
+        return self.manager.restore(step, args=items)[item]

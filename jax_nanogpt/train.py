@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,15 +21,18 @@ import matplotlib
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jax_nanogpt import mesh as meshes
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.configurator import configure, fail
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
+from jax_nanogpt.mesh import BATCH, lay_out, make_mesh, make_on, shapes_on, split, split_state
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from shared.tokenizer import find_model, load_tokenizer
@@ -80,6 +84,7 @@ class Config:
     seed: int = 1337
     dtype: str = "bfloat16"  # or float32; parameters and optimizer are float32 in either
     device: str = "auto"  # or cpu, gpu, tpu
+    mesh: str = ""  # data:2,fsdp:4,tensor:1 for eight devices, as mesh.py tells; without it fsdp as far as it goes
     fast: bool = True  # on a CPU multiply as speed.py does; it makes no difference elsewhere
     iters_per_call: int = 10  # iterations that one jitted call makes, with no trip back to Python between them
 
@@ -101,6 +106,8 @@ class Config:
             if field.type in (int, float) and (value < 0 or value == 0 and not may_be_zero):
                 limit = "0 or more" if may_be_zero else "1 or more"
                 raise ValueError(f"{field.name} is {value}, {limit} is expected")
+        if self.mesh:
+            meshes.parse(self.mesh)
         if not self.out_dir:
             raise ValueError(f"out_dir is {self.out_dir!r}, a folder is expected")
         if self.seed >= 2**63:
@@ -150,19 +157,23 @@ def epoch_starts(tokens, block_size, seed, epoch):
     return draw.integers(tokens - windows * block_size) + block_size * draw.permutation(windows)
 
 
-def batches(data, config, first, count):
-    """Iterations first, first + 1, ...: [count, accumulation, B, T + 1]. An iteration's draw hangs on nothing
-    but the seed and its number, so that a resumed run sees what an unbroken one would have."""
+def read(data, starts, block_size, sharding):
+    """The examples that begin at starts [...]: [..., T + 1], of which each process reads those of its own devices."""
+    shape = *starts.shape, block_size + 1
+    return jax.make_array_from_callback(shape, sharding, lambda part: cut(data, starts[part[:-1]], block_size))
+
+
+def draw_starts(tokens, config, first, count):
+    """Where the examples of iterations first, first + 1, ... begin: [count, accumulation, B]. A draw hangs on nothing
+    but the seed and the iteration's number, so that a resumed run sees what an unbroken one would have."""
     T, seed = config.block_size, config.seed
     shape = config.gradient_accumulation_steps, config.batch_size
     if config.draw == "epochs":
-        windows, each = len(epoch_starts(len(data), T, seed, 0)), math.prod(shape)
+        windows, each = len(epoch_starts(tokens, T, seed, 0)), math.prod(shape)
         numbers = (divmod(n, windows) for n in range(first * each, (first + count) * each))
-        starts = np.array([epoch_starts(len(data), T, seed, epoch)[n] for epoch, n in numbers]).reshape(count, *shape)
-    else:
-        draws = [np.random.default_rng((seed, i)) for i in range(first, first + count)]
-        starts = np.stack([draw.integers(len(data) - T, size=shape) for draw in draws])
-    return cut(data, starts, T)
+        return np.array([epoch_starts(tokens, T, seed, epoch)[n] for epoch, n in numbers]).reshape(count, *shape)
+    draws = [np.random.default_rng((seed, i)) for i in range(first, first + count)]
+    return np.stack([draw.integers(tokens - T, size=shape) for draw in draws])
 
 
 # --- the jitted functions
@@ -190,31 +201,32 @@ def train_iterations(model, optimizer, params, opt_state, examples, first, count
         keys = jax.random.split(jax.random.fold_in(key, first + i), accumulation)
 
         def micro_batch(sums, batch_and_key):
-            loss_and_gradients = jax.value_and_grad(lambda p: losses(model, p, *batch_and_key).mean())(params)
-            return jax.tree.map(jnp.add, sums, loss_and_gradients), None
+            loss, gradients = jax.value_and_grad(lambda p: losses(model, p, *batch_and_key).mean())(params)
+            return jax.tree.map(jnp.add, sums, (loss, split_state(gradients))), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         sums, _ = lax.scan(micro_batch, zeros, (examples[i], keys))
         loss, gradients = jax.tree.map(lambda total: total / accumulation, sums)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, seen.at[i].set(loss)
+        state = split_state((optax.apply_updates(params, updates), opt_state))
+        return *state, seen.at[i].set(split(loss))
 
     return lax.fori_loop(0, count, iteration, (params, opt_state, jnp.zeros(len(examples))))
 
 
 @partial(jax.jit, static_argnames="model")
 def window_losses(model, params, windows):
-    return losses(model, params, windows).mean(axis=1)
+    return split(losses(model, params, windows).mean(axis=1))
 
 
-def evaluate(model, params, data, config, place):
+def evaluate(model, params, data, config, sharding):
     """The mean loss over evenly spread windows that do not overlap: all of them where eval_iters reaches."""
     T, B = config.block_size, config.batch_size
     windows = (len(data) - 1) // T
     used = min(windows, config.eval_iters * B)
     starts = np.arange(used) * windows // used * T
     padded = np.resize(starts, -(-used // B) * B).reshape(-1, B)  # the last batch is filled up, and cut below
-    found = [window_losses(model, params, place(cut(data, some, T))) for some in padded]
+    found = [window_losses(model, params, read(data, some, T, sharding)) for some in padded]
     return float(np.concatenate(found)[:used].astype(np.float64).mean())
 
 
@@ -266,17 +278,19 @@ def stop_at_interrupt():
 
 
 def first_model(config, dataset):
-    """(GPTConfig, params, iteration) to start from, as init_from says, and the folder that holds its tokenizer."""
+    """What to start from, as init_from says: (GPTConfig, a function that makes the parameters like those it is given,
+    iteration), and the folder that holds the tokenizer."""
     tokenizer = load_tokenizer(dataset)
     own = {"dropout": config.dropout, "dtype": config.dtype, "fast": config.fast}
     if config.init_from == "scratch":
         shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
         model_config = GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own)
-        return model_config, init_params(model_config, jax.random.key(config.seed)), 0, dataset
+        fresh = lambda like: make_on(like, partial(init_params, model_config), jax.random.key(config.seed))  # noqa: E731
+        return model_config, fresh, 0, dataset
     if config.init_from == "resume":
         checkpoints = Checkpoints(config.out_dir)
         folder, iteration = Path(config.out_dir), checkpoints.last()
-        model_config, params = checkpoints.restore_model(iteration)
+        model_config, params = checkpoints.config(iteration), partial(checkpoints.restore, iteration, "params")
         if (theirs := checkpoints.about(iteration)["optimizer"]) != config.optimizer:
             raise ValueError(f"optimizer is {config.optimizer}, but {folder} was trained with {theirs}")
         if iteration >= config.max_iters and not config.eval_only:
@@ -288,29 +302,28 @@ def first_model(config, dataset):
                 raise ValueError(f"{key} is {getattr(config, key)}, but {folder} was trained with {theirs}")
     else:
         folder, iteration = find_model(config.init_from).folder, 0
-        model_config, params = weight_loader.load(folder)
-        model_config, params = weight_loader.crop(model_config, params, config.block_size)
+        model_config, loaded = weight_loader.crop(*weight_loader.load(folder), config.block_size)
+        params = partial(lay_out, loaded)
     theirs = load_tokenizer(folder)
     if theirs.decode(range(theirs.n_vocab)) != tokenizer.decode(range(tokenizer.n_vocab)):
         raise ValueError(f"dataset is {dataset}, whose tokens are not those that {folder} was trained on")
     return replace(model_config, **own), params, iteration, folder
 
 
-def train(config, splits, devices, model_config, params, start, tokenizer_folder):
+def train(config, splits, mesh, model_config, first_params, start, tokenizer_folder):
     out_dir = Path(config.out_dir)
-    mesh = Mesh(devices, "batch")  # data parallel: every device has all parameters and a share of each batch
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shared_out = {axis: NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch")) for axis in (0, 2)}
-    model, optimizer = GPT(model_config), make_optimizer(config)
-    params = jax.device_put(params, everywhere)
-    key = jax.random.key(config.seed)
+    model, optimizer, key = GPT(model_config), make_optimizer(config), jax.random.key(config.seed)
+    params = first_params(shapes_on(mesh, partial(init_params, model_config), key))
     tokens_per_iteration = config.batch_size * config.gradient_accumulation_steps * config.block_size
     flops = flops_per_token(model_config, params) * tokens_per_iteration
-    print(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices)}", flush=True)
+    print(
+        f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(mesh.devices.ravel())}{meshes.show(mesh)}",
+        flush=True,
+    )
 
     def losses_now():
-        place = partial(jax.device_put, device=shared_out[0])
-        return {split: evaluate(model, params, data, config, place) for split, data in splits.items()}
+        where = NamedSharding(mesh, P(BATCH))
+        return {split: evaluate(model, params, data, config, where) for split, data in splits.items()}
 
     def insist_on_a_number(loss, iteration):
         if not math.isfinite(loss):
@@ -327,9 +340,8 @@ def train(config, splits, devices, model_config, params, start, tokenizer_folder
         return report(start, losses_now())
 
     checkpoints = Checkpoints(out_dir, writable=True, afresh=config.init_from != "resume")
-    opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
-    if start:
-        opt_state = jax.device_put(checkpoints.restore_opt_state(start, opt_state), everywhere)
+    like = shapes_on(mesh, optimizer.init, params)
+    opt_state = checkpoints.restore(start, "opt_state", like) if start else make_on(like, optimizer.init, params)
     if tokenizer_folder != out_dir:  # as it is when resuming
         copy_files((*TOKENIZER_FILES, "config.json"), tokenizer_folder, out_dir)
     metrics = Metrics(out_dir, start)
@@ -349,7 +361,8 @@ def train(config, splits, devices, model_config, params, start, tokenizer_folder
             break
         stop = min(config.max_iters, (iteration // config.eval_interval + 1) * config.eval_interval)
         count = min(config.iters_per_call, stop - iteration)
-        examples = jax.device_put(batches(splits["train"], config, iteration, config.iters_per_call), shared_out[2])
+        starts = draw_starts(len(splits["train"]), config, iteration, config.iters_per_call)
+        examples = read(splits["train"], starts, config.block_size, NamedSharding(mesh, P(None, None, BATCH)))
         began = time.perf_counter()
         params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, iteration, count, key)
         loss = float(seen[:count].mean())
@@ -377,10 +390,9 @@ def main():
         config = configure(Config(), sys.argv[1:], HERE)
         config.check()
         devices = choose_devices(config.device)
-        if config.batch_size % len(devices):
-            raise ValueError(f"batch_size is {config.batch_size}, a multiple of the {len(devices)} devices is expected")
         dataset = find_dataset(config.dataset)
-        model_config, params, start, tokenizer_folder = first_model(config, dataset)
+        model_config, first_params, start, tokenizer_folder = first_model(config, dataset)
+        mesh = make_mesh(config.mesh, devices, config.batch_size, model_config)
         config = replace(config, block_size=model_config.block_size)
         splits = {split: open_split(dataset, split, model_config) for split in ("train", "val")}
         if not config.eval_only:
@@ -389,7 +401,8 @@ def main():
         fail(f"out_dir is {config.out_dir}, a folder is expected")
     except (ValueError, OSError) as error:
         fail(error)
-    train(config, splits, devices, model_config, params, start, tokenizer_folder)
+    with jax.set_mesh(mesh) if mesh.size > 1 else nullcontext():  # one device computes what it would without a mesh
+        train(config, splits, mesh, model_config, first_params, start, tokenizer_folder)
 
 
 if __name__ == "__main__":
