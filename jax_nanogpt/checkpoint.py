@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jax_nanogpt.device import leads
 from jax_nanogpt.model import GPTConfig
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells at length what was asked of it
@@ -29,13 +31,9 @@ class Checkpoints:
         self.folder = Path(out_dir).resolve() / "checkpoints"
         if not writable and not self.folder.is_dir():
             raise ValueError(f"out_dir is {out_dir}, which holds no checkpoint of train.py")
-        if afresh and self.folder.exists():
-            if any(path.name.isdigit() for path in self.folder.iterdir()):  # a complete one is there
-                aside = self.folder.with_name("checkpoints.old")
-                shutil.rmtree(aside, ignore_errors=True)
-                self.folder.rename(aside)
-            else:
-                shutil.rmtree(self.folder)
+        if afresh and leads():
+            self.put_aside()
+        multihost_utils.sync_global_devices("the folder is as it should be")  # with one process it does nothing
         val_loss = itemgetter("val_loss")
         keep = AnyPreservationPolicy([LatestN(1), BestN(n=1, get_metric_fn=val_loss, reverse=True)])
         options = ocp.CheckpointManagerOptions(
@@ -49,6 +47,14 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         if not writable and not self.manager.all_steps():
             raise ValueError(f"out_dir is {out_dir}, which holds no complete checkpoint")
+
+    def put_aside(self):
+        if any(path.name.isdigit() for path in self.folder.glob("*")):  # a complete one is there
+            aside = self.folder.with_name("checkpoints.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.folder.rename(aside)
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
 
     def save(self, step, params, opt_state, about, val_loss):
         items = ocp.args.Composite(

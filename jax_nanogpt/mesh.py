@@ -12,6 +12,7 @@ XLA makes the communication from what is said here; no function of the model or 
 import math
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -90,6 +91,19 @@ def make_on(like, make, *args):
 def lay_out(tree, like):
     """Arrays that are here whole, taken apart."""
     return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, like))
+
+
+@jax.jit
+def highest(numbers):
+    """The highest of the numbers that the processes have: an array, to be looked at when it is needed."""
+    return split(numbers.max())
+
+
+def from_each(mesh, number):
+    """What a jitted function takes for the processes' numbers."""
+    return jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, P(AXES)), lambda _: np.array([number], np.int32)
+    )
 
 
 def split(x, *axes):

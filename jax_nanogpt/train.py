@@ -7,6 +7,8 @@ Settings: the defaults below, then the config files, then the flags. --help list
 
 import json
 import math
+import os
+import re
 import signal
 import sys
 import time
@@ -30,9 +32,9 @@ from jax_nanogpt import mesh as meshes
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.configurator import configure, fail
-from jax_nanogpt.device import choose_devices, describe
+from jax_nanogpt.device import choose_devices, describe, join, leads
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
-from jax_nanogpt.mesh import BATCH, lay_out, make_mesh, make_on, shapes_on, split, split_state
+from jax_nanogpt.mesh import BATCH, from_each, highest, lay_out, make_mesh, make_on, shapes_on, split, split_state
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from shared.tokenizer import find_model, load_tokenizer
@@ -85,6 +87,9 @@ class Config:
     dtype: str = "bfloat16"  # or float32; parameters and optimizer are float32 in either
     device: str = "auto"  # or cpu, gpu, tpu
     mesh: str = ""  # data:2,fsdp:4,tensor:1 for eight devices, as mesh.py tells; without it fsdp as far as it goes
+    coordinator: str = ""  # host:port of process 0 where several processes train together, or auto: a cluster knows it
+    num_processes: int = 1
+    process_id: int = 0
     fast: bool = True  # on a CPU multiply as speed.py does; it makes no difference elsewhere
     iters_per_call: int = 10  # iterations that one jitted call makes, with no trip back to Python between them
 
@@ -102,12 +107,20 @@ class Config:
             value = getattr(self, field.name)
             if field.type is float and not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value}, a finite number is expected")
-            may_be_zero = field.type is float or field.name in ("seed", "warmup_iters", "max_iters")
+            may_be_zero = field.type is float or field.name in ("seed", "warmup_iters", "max_iters", "process_id")
             if field.type in (int, float) and (value < 0 or value == 0 and not may_be_zero):
                 limit = "0 or more" if may_be_zero else "1 or more"
                 raise ValueError(f"{field.name} is {value}, {limit} is expected")
         if self.mesh:
             meshes.parse(self.mesh)
+        if self.num_processes > 1 and not self.coordinator:
+            raise ValueError(
+                f"num_processes is {self.num_processes}, and a coordinator, host:port, is expected with it"
+            )
+        if self.coordinator not in ("", "auto") and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
+            raise ValueError(f"coordinator is {self.coordinator!r}, host:port or auto is expected")
+        if self.process_id >= self.num_processes:
+            raise ValueError(f"process_id is {self.process_id}, below num_processes ({self.num_processes}) is expected")
         if not self.out_dir:
             raise ValueError(f"out_dir is {self.out_dir!r}, a folder is expected")
         if self.seed >= 2**63:
@@ -242,15 +255,19 @@ class Metrics:
             for line in self.file.read_text(encoding="utf-8").split("\n")[:-1]:
                 if (row := json.loads(line))["iter"] <= start:
                     self.rows.append(row)
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_text(self.file, text)
+        if leads():
+            write_text(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, **row):
+        if not leads():
+            return
         self.rows.append(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def draw(self):
+        if not leads():
+            return
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for key, style in ("loss", "0.8"), ("train_loss", "tab:blue"), ("val_loss", "tab:orange"):
             points = [(row["iter"], row[key]) for row in self.rows if key in row]
@@ -265,16 +282,35 @@ class Metrics:
 # --- the run
 
 
-def stop_at_interrupt():
-    """A list that the first Ctrl-C fills, for the loop to see between two calls; the second Ctrl-C ends it at once."""
-    stopped = []
+def say(text, file=None):
+    if leads():
+        tqdm.write(text, file=file)
+        (file or sys.stdout).flush()
 
-    def stop(*_):
-        stopped.append(True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, stop)
-    return stopped
+def give_up(text):
+    sys.exit(text if leads() else 1)
+
+
+def lost(error):
+    """What the others say when one of several processes has died."""
+    text = f"process {jax.process_index()} of {jax.process_count()}: another one is gone, or cannot be reached"
+    print(f"{text} ({str(error).splitlines()[0]:.200}); start all anew: --init_from=resume goes on", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)  # JAX's own way out would wait for the one that is gone
+
+
+def catch_signals():
+    """A list that the first Ctrl-C or SIGTERM fills, for the loop to see between two calls. The second ends all."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, catch)
+    return caught
 
 
 def first_model(config, dataset):
@@ -316,25 +352,14 @@ def train(config, splits, mesh, model_config, first_params, start, tokenizer_fol
     params = first_params(shapes_on(mesh, partial(init_params, model_config), key))
     tokens_per_iteration = config.batch_size * config.gradient_accumulation_steps * config.block_size
     flops = flops_per_token(model_config, params) * tokens_per_iteration
-    print(
-        f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(mesh.devices.ravel())}{meshes.show(mesh)}",
-        flush=True,
-    )
+    say(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(mesh.devices.ravel())}{meshes.show(mesh)}")
 
     def losses_now():
         where = NamedSharding(mesh, P(BATCH))
         return {split: evaluate(model, params, data, config, where) for split, data in splits.items()}
 
-    def insist_on_a_number(loss, iteration):
-        if not math.isfinite(loss):
-            good = f"iteration {checkpoints.last()} in {out_dir}" if checkpoints.last() else "none"
-            sys.exit(
-                f"the loss is {loss} by iteration {iteration}: a lower rate may help; the last good checkpoint: {good}"
-            )
-
     def report(iteration, now):
-        tqdm.write(f"iter {iteration} loss: train loss {now['train']:.4f}, val loss {now['val']:.4f}")
-        sys.stdout.flush()
+        say(f"iter {iteration} loss: train loss {now['train']:.4f}, val loss {now['val']:.4f}")
 
     if config.eval_only:
         return report(start, losses_now())
@@ -342,42 +367,76 @@ def train(config, splits, mesh, model_config, first_params, start, tokenizer_fol
     checkpoints = Checkpoints(out_dir, writable=True, afresh=config.init_from != "resume")
     like = shapes_on(mesh, optimizer.init, params)
     opt_state = checkpoints.restore(start, "opt_state", like) if start else make_on(like, optimizer.init, params)
-    if tokenizer_folder != out_dir:  # as it is when resuming
+    if tokenizer_folder != out_dir and leads():  # as it is when resuming
         copy_files((*TOKENIZER_FILES, "config.json"), tokenizer_folder, out_dir)
     metrics = Metrics(out_dir, start)
-    bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1)
+    bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1, disable=not leads())
     about = {"model": vars(model_config), "optimizer": config.optimizer}
-    iteration, stopped = start, stop_at_interrupt()
+    caught, alone = catch_signals(), jax.process_count() == 1
+    stopped = caught if alone else []  # processes must stop at one iteration: they tell each other what they caught
+    settled = time.perf_counter()
+
+    def insist_on_numbers(losses, first):
+        for iteration, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                last = checkpoints.last()
+                good = f"iteration {last} in {out_dir}" if last else "none"
+                give_up(f"the loss is {loss} at iteration {iteration}; the last good checkpoint: {good}")
+
+    def settle(first, count, seen, signals, began):
+        """Waits for a call's losses, looks at them and writes them down."""
+        nonlocal settled
+        seen = np.asarray(seen)[:count]
+        settled, before = time.perf_counter(), max(began, settled)
+        seconds = (settled - before) / count
+        if not alone and (number := int(signals)):
+            stopped.append(number)
+        insist_on_numbers(seen, first + 1)
+        loss = float(seen.mean())
+        metrics.add(iter=first + count, loss=loss, s_per_iter=round(seconds, 6))
+        bar.update(count)
+        rates = f"{tokens_per_iteration / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s"
+        bar.set_postfix_str(f"loss {loss:.3f}, {rates}")
+
+    def next_call(first):
+        """(first, how many iterations, their examples on their way to the devices)"""
+        stop = min(config.max_iters, (first // config.eval_interval + 1) * config.eval_interval)
+        starts = draw_starts(len(splits["train"]), config, first, config.iters_per_call)
+        where = NamedSharding(mesh, P(None, None, BATCH))
+        return first, min(config.iters_per_call, stop - first), read(splits["train"], starts, config.block_size, where)
+
+    # The devices never wait for Python: while they make one call's iterations, the next call's examples are read and
+    # the losses of the call before are looked at.
+    iteration, ahead, unsettled = start, next_call(start), None
     while True:
         done = iteration >= config.max_iters or stopped
         if (iteration % config.eval_interval == 0 or done) and (iteration > start or not start):
+            if unsettled:
+                unsettled = settle(*unsettled)
             report(iteration, now := losses_now())
-            insist_on_a_number(now["val"], iteration)
+            insist_on_numbers([now["val"]], iteration)
             metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
             metrics.draw()
             if iteration > start:
                 checkpoints.save(iteration, params, opt_state, about, now["val"])
         if done:
             break
-        stop = min(config.max_iters, (iteration // config.eval_interval + 1) * config.eval_interval)
-        count = min(config.iters_per_call, stop - iteration)
-        starts = draw_starts(len(splits["train"]), config, iteration, config.iters_per_call)
-        examples = read(splits["train"], starts, config.block_size, NamedSharding(mesh, P(None, None, BATCH)))
+        first, count, examples = ahead
         began = time.perf_counter()
-        params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, iteration, count, key)
-        loss = float(seen[:count].mean())
-        seconds = (time.perf_counter() - began) / count
+        params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, first, count, key)
+        signals = None if alone else highest(from_each(mesh, caught[0] if caught else 0))
         iteration += count
-        insist_on_a_number(loss, iteration)
-        metrics.add(iter=iteration, loss=loss, s_per_iter=round(seconds, 6))
-        bar.update(count)
-        rates = f"{tokens_per_iteration / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s"
-        bar.set_postfix_str(f"loss {loss:.3f}, {rates}")
+        if iteration < config.max_iters:
+            ahead = next_call(iteration)
+        if unsettled:
+            settle(*unsettled)
+        unsettled = first, count, seen, signals, began
     bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if stopped:
-        print(f"stopped at iteration {iteration}" + "; --init_from=resume goes on" * (iteration > 0), file=sys.stderr)
-        sys.exit(130)
+        say(f"stopped at iteration {iteration}" + "; --init_from=resume goes on" * (iteration > 0), file=sys.stderr)
+        return 130 if stopped[0] == signal.SIGINT else 0
 
 
 def main():
@@ -389,6 +448,8 @@ def main():
     try:
         config = configure(Config(), sys.argv[1:], HERE)
         config.check()
+        if config.coordinator:
+            join(config.coordinator, config.num_processes, config.process_id)
         devices = choose_devices(config.device)
         dataset = find_dataset(config.dataset)
         model_config, first_params, start, tokenizer_folder = first_model(config, dataset)
@@ -401,9 +462,18 @@ def main():
         fail(f"out_dir is {config.out_dir}, a folder is expected")
     except (ValueError, OSError) as error:
         fail(error)
-    with jax.set_mesh(mesh) if mesh.size > 1 else nullcontext():  # one device computes what it would without a mesh
-        train(config, splits, mesh, model_config, first_params, start, tokenizer_folder)
+    one_device = nullcontext()  # its program is the one without a mesh
+    with jax.set_mesh(mesh) if mesh.size > 1 else one_device:
+        try:
+            status = train(config, splits, mesh, model_config, first_params, start, tokenizer_folder)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            lost(error)
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
