@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import mesh as meshes
 from jax_nanogpt import weight_loader
-from jax_nanogpt.checkpoint import Checkpoints
+from jax_nanogpt.checkpoint import Checkpoints, last_good
 from jax_nanogpt.configurator import configure, fail
 from jax_nanogpt.device import choose_devices, describe, join, leads
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
@@ -131,6 +131,21 @@ class Config:
             raise ValueError(f"learning_rate is {self.learning_rate}, above 0 is expected")
         if self.dropout >= 1:
             raise ValueError(f"dropout is {self.dropout}, below 1 is expected")
+
+
+# what may change from a run to the one that resumes it, and is not remarked on
+FREE = {
+    "out_dir",
+    "init_from",
+    "eval_interval",
+    "eval_iters",
+    "eval_only",
+    "max_iters",
+    "device",
+    "mesh",
+    "iters_per_call",
+}
+FREE |= {"coordinator", "num_processes", "process_id", "dataset", "n_layer", "n_head", "n_embd", "block_size", "bias"}
 
 
 # --- data: a .bin is one long row of uint16 tokens, and an example is any block_size + 1 of them
@@ -314,20 +329,17 @@ def catch_signals():
 
 
 def first_model(config, dataset):
-    """What to start from, as init_from says: (GPTConfig, a function that makes the parameters like those it is given,
-    iteration), and the folder that holds the tokenizer."""
+    """What to start from, as init_from says: (GPTConfig, where its parameters are, the tokenizer's folder)."""
     tokenizer = load_tokenizer(dataset)
     own = {"dropout": config.dropout, "dtype": config.dtype, "fast": config.fast}
     if config.init_from == "scratch":
         shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
-        model_config = GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own)
-        fresh = lambda like: make_on(like, partial(init_params, model_config), jax.random.key(config.seed))  # noqa: E731
-        return model_config, fresh, 0, dataset
+        return GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own), None, dataset
     if config.init_from == "resume":
-        checkpoints = Checkpoints(config.out_dir)
-        folder, iteration = Path(config.out_dir), checkpoints.last()
-        model_config, params = checkpoints.config(iteration), partial(checkpoints.restore, iteration, "params")
-        if (theirs := checkpoints.about(iteration)["optimizer"]) != config.optimizer:
+        folder, source = Path(config.out_dir), Checkpoints(config.out_dir, "read" if config.eval_only else "resume")
+        iteration, about = source.newest(source.about)
+        model_config = GPTConfig(**about["model"])
+        if (theirs := about["optimizer"]) != config.optimizer:
             raise ValueError(f"optimizer is {config.optimizer}, but {folder} was trained with {theirs}")
         if iteration >= config.max_iters and not config.eval_only:
             raise ValueError(
@@ -336,20 +348,37 @@ def first_model(config, dataset):
         for key in ("n_layer", "n_head", "n_embd", "block_size"):
             if getattr(config, key) not in (getattr(Config, key), theirs := getattr(model_config, key)):
                 raise ValueError(f"{key} is {getattr(config, key)}, but {folder} was trained with {theirs}")
+        former = about.get("settings", {})
+        others = [
+            f"{key} {getattr(config, key)} (was {former[key]})" for key in former if former[key] != getattr(config, key)
+        ]
+        if others and not config.eval_only:
+            say(f"this run goes on otherwise than it began: {', '.join(others)}", file=sys.stderr)
     else:
-        folder, iteration = find_model(config.init_from).folder, 0
-        model_config, loaded = weight_loader.crop(*weight_loader.load(folder), config.block_size)
-        params = partial(lay_out, loaded)
+        folder = find_model(config.init_from).folder
+        model_config, source = weight_loader.crop(*weight_loader.load(folder), config.block_size)
     theirs = load_tokenizer(folder)
     if theirs.decode(range(theirs.n_vocab)) != tokenizer.decode(range(tokenizer.n_vocab)):
         raise ValueError(f"dataset is {dataset}, whose tokens are not those that {folder} was trained on")
-    return replace(model_config, **own), params, iteration, folder
+    return replace(model_config, **own), source, folder
 
 
-def train(config, splits, mesh, model_config, first_params, start, tokenizer_folder):
-    out_dir = Path(config.out_dir)
-    model, optimizer, key = GPT(model_config), make_optimizer(config), jax.random.key(config.seed)
-    params = first_params(shapes_on(mesh, partial(init_params, model_config), key))
+def first_state(config, mesh, model_config, source, optimizer):
+    """(iteration, params, opt_state), each array where it belongs on the mesh."""
+    init, key = partial(init_params, model_config), jax.random.key(config.seed)
+    like = {"params": shapes_on(mesh, init, key)}
+    if not config.eval_only:
+        like["opt_state"] = shapes_on(mesh, optimizer.init, like["params"])
+    if isinstance(source, Checkpoints):
+        start, state = source.newest(partial(source.restore, like))
+        return start, state["params"], state.get("opt_state")
+    params = lay_out(source, like["params"]) if source else make_on(like["params"], init, key)
+    return 0, params, None if config.eval_only else make_on(like["opt_state"], optimizer.init, params)
+
+
+def train(config, splits, mesh, model_config, optimizer, state, checkpoints, tokenizer_folder):
+    start, params, opt_state = state
+    out_dir, model, key = Path(config.out_dir), GPT(model_config), jax.random.key(config.seed)
     tokens_per_iteration = config.batch_size * config.gradient_accumulation_steps * config.block_size
     flops = flops_per_token(model_config, params) * tokens_per_iteration
     say(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(mesh.devices.ravel())}{meshes.show(mesh)}")
@@ -364,14 +393,13 @@ def train(config, splits, mesh, model_config, first_params, start, tokenizer_fol
     if config.eval_only:
         return report(start, losses_now())
 
-    checkpoints = Checkpoints(out_dir, writable=True, afresh=config.init_from != "resume")
-    like = shapes_on(mesh, optimizer.init, params)
-    opt_state = checkpoints.restore(start, "opt_state", like) if start else make_on(like, optimizer.init, params)
+    checkpoints = checkpoints or Checkpoints(out_dir, "afresh")
     if tokenizer_folder != out_dir and leads():  # as it is when resuming
         copy_files((*TOKENIZER_FILES, "config.json"), tokenizer_folder, out_dir)
     metrics = Metrics(out_dir, start)
     bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1, disable=not leads())
-    about = {"model": vars(model_config), "optimizer": config.optimizer}
+    settings = {key: value for key, value in vars(config).items() if key not in FREE}
+    about = {"model": vars(model_config), "optimizer": config.optimizer, "settings": settings}
     caught, alone = catch_signals(), jax.process_count() == 1
     stopped = caught if alone else []  # processes must stop at one iteration: they tell each other what they caught
     settled = time.perf_counter()
@@ -379,9 +407,7 @@ def train(config, splits, mesh, model_config, first_params, start, tokenizer_fol
     def insist_on_numbers(losses, first):
         for iteration, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                last = checkpoints.last()
-                good = f"iteration {last} in {out_dir}" if last else "none"
-                give_up(f"the loss is {loss} at iteration {iteration}; the last good checkpoint: {good}")
+                give_up(f"the loss is {loss} at iteration {iteration}; {last_good(out_dir)}")
 
     def settle(first, count, seen, signals, began):
         """Waits for a call's losses, looks at them and writes them down."""
@@ -408,30 +434,30 @@ def train(config, splits, mesh, model_config, first_params, start, tokenizer_fol
     # The devices never wait for Python: while they make one call's iterations, the next call's examples are read and
     # the losses of the call before are looked at.
     iteration, ahead, unsettled = start, next_call(start), None
-    while True:
-        done = iteration >= config.max_iters or stopped
-        if (iteration % config.eval_interval == 0 or done) and (iteration > start or not start):
+    with bar:
+        while True:
+            done = iteration >= config.max_iters or stopped
+            if (iteration % config.eval_interval == 0 or done) and (iteration > start or not start):
+                if unsettled:
+                    unsettled = settle(*unsettled)
+                report(iteration, now := losses_now())
+                insist_on_numbers([now["val"]], iteration)
+                metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
+                metrics.draw()
+                if iteration > start:
+                    checkpoints.save(iteration, params, opt_state, about, now["val"])
+            if done:
+                break
+            first, count, examples = ahead
+            began = time.perf_counter()
+            params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, first, count, key)
+            signals = None if alone else highest(from_each(mesh, caught[0] if caught else 0))
+            iteration += count
+            if iteration < config.max_iters:
+                ahead = next_call(iteration)
             if unsettled:
-                unsettled = settle(*unsettled)
-            report(iteration, now := losses_now())
-            insist_on_numbers([now["val"]], iteration)
-            metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
-            metrics.draw()
-            if iteration > start:
-                checkpoints.save(iteration, params, opt_state, about, now["val"])
-        if done:
-            break
-        first, count, examples = ahead
-        began = time.perf_counter()
-        params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, first, count, key)
-        signals = None if alone else highest(from_each(mesh, caught[0] if caught else 0))
-        iteration += count
-        if iteration < config.max_iters:
-            ahead = next_call(iteration)
-        if unsettled:
-            settle(*unsettled)
-        unsettled = first, count, seen, signals, began
-    bar.close()
+                settle(*unsettled)
+            unsettled = first, count, seen, signals, began
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if stopped:
@@ -439,12 +465,7 @@ def train(config, splits, mesh, model_config, first_params, start, tokenizer_fol
         return 130 if stopped[0] == signal.SIGINT else 0
 
 
-def main():
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
-        for field in fields(Config):
-            print(f"  --{field.name}={field.default}")
-        return
+def run():
     try:
         config = configure(Config(), sys.argv[1:], HERE)
         config.check()
@@ -452,24 +473,39 @@ def main():
             join(config.coordinator, config.num_processes, config.process_id)
         devices = choose_devices(config.device)
         dataset = find_dataset(config.dataset)
-        model_config, first_params, start, tokenizer_folder = first_model(config, dataset)
+        model_config, source, tokenizer_folder = first_model(config, dataset)
         mesh = make_mesh(config.mesh, devices, config.batch_size, model_config)
         config = replace(config, block_size=model_config.block_size)
         splits = {split: open_split(dataset, split, model_config) for split in ("train", "val")}
+        optimizer = make_optimizer(config)
+        state = first_state(config, mesh, model_config, source, optimizer)
         if not config.eval_only:
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         fail(f"out_dir is {config.out_dir}, a folder is expected")
     except (ValueError, OSError) as error:
         fail(error)
+    checkpoints = source if isinstance(source, Checkpoints) else None
     one_device = nullcontext()  # its program is the one without a mesh
-    with jax.set_mesh(mesh) if mesh.size > 1 else one_device:
-        try:
-            status = train(config, splits, mesh, model_config, first_params, start, tokenizer_folder)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            lost(error)
+    try:
+        with jax.set_mesh(mesh) if mesh.size > 1 else one_device:
+            return train(config, splits, mesh, model_config, optimizer, state, checkpoints, tokenizer_folder)
+    except OSError as error:  # a full disk, as a rule
+        give_up(f"{config.out_dir} cannot be written: {error}; {last_good(config.out_dir)}")
+
+
+def main():
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(__doc__)
+        for field in fields(Config):
+            print(f"  --{field.name}={field.default}")
+        return 0
+    try:
+        status = run()
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        lost(error)
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # waits for the others
     return status

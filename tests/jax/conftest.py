@@ -17,6 +17,12 @@ from jax_nanogpt import train
 from jax_nanogpt.data.corpus import write_characters
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("kills", "kill -9 in training (make kills)")
+    group.addoption("--kills", type=int, default=6, help="how many (default: %(default)s)")
+    group.addoption("--kills-seed", type=int, default=0, help="of their moments (default: %(default)s)")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("compiled"))
@@ -40,6 +46,7 @@ def run(dataset, monkeypatch, capsys):
     def call(out_dir, *flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags])
         train.main()
-        return capsys.readouterr().out
+        printed, call.errors = capsys.readouterr()
+        return printed
 
     return call

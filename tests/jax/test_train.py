@@ -74,7 +74,7 @@ def test_best_and_last_are_kept(run, tmp_path):
     losses, checkpoints = losses_of(tmp_path), Checkpoints(tmp_path)
     assert checkpoints.last() == 40
     assert checkpoints.best() == min(losses, key=losses.get) == 20
-    assert sorted(checkpoints.manager.all_steps()) == [20, 40]
+    assert sorted(checkpoints.manager.all_steps()) == [20, 30, 40]  # the best and the last two
 
 
 def test_a_fresh_start_puts_the_former_run_aside(run, tmp_path):
@@ -174,7 +174,7 @@ def test_mistakes_end_in_one_line_and_status_2(run, dataset, tmp_path, capsys):
 
 def test_a_loss_that_is_no_number_ends_the_run_and_costs_no_checkpoint(run, tmp_path):
     run(tmp_path, "--max_iters=10")
-    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) by iteration .*last good checkpoint: iteration 10 in"):
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at iteration .*last good checkpoint: iteration 10 in"):
         run(tmp_path, "--max_iters=40", "--init_from=resume", "--learning_rate=1e38", "--min_lr=1e38", "--grad_clip=0")
     assert Checkpoints(tmp_path).last() == Checkpoints(tmp_path).best() == 10
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -184,7 +184,7 @@ def test_fresh_starts_that_come_to_nothing_leave_the_former_run_aside(run, tmp_p
     run(tmp_path, "--max_iters=10")
     former = state(tmp_path)
     for _ in range(3):
-        Checkpoints(tmp_path, writable=True, afresh=True)
+        Checkpoints(tmp_path, "afresh")
     (tmp_path / "checkpoints").rename(tmp_path / "new")
     (tmp_path / "checkpoints.old").rename(tmp_path / "checkpoints")
     assert same(state(tmp_path), former)
