@@ -30,7 +30,8 @@ class GPTConfig:
     bias: bool = True  # in the linears and layer norms; without is a little faster, GPT-2 has it
     dropout: float = 0.0
     dtype: str = "float32"  # of the arithmetic; parameters keep the type they are stored in
-    fast: bool = True  # on a CPU multiply as speed.py does
+    fast: bool = True  # on a CPU multiply, and on an NVIDIA GPU attend, as speed.py does
+    remat: bool = False  # in training keep only what stands between the blocks, and compute the rest again
 
     @property
     def dot_general(self):
@@ -67,11 +68,15 @@ class CausalSelfAttention(nn.Module):
             k, v = cache = lax.dynamic_update_slice(
                 cache, qkv[1:].astype(cache.dtype), (0, 0, 0, start, 0)
             )  # B, H, S, D
-        seen = jnp.arange(k.shape[2]) <= start + jnp.arange(T)[:, None]  # T, S
-        scores = (q @ k.swapaxes(-2, -1)).astype(jnp.float32) / math.sqrt(q.shape[-1])  # B, H, T, S
-        weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
-        weights = Dropout(c.dropout)(weights, train)
-        y = split(weights @ v, BATCH, "tensor")  # B, H, T, D
+        drops = train and c.dropout > 0  # some of the weights, which a fused kernel never writes down
+        if cache is None and not drops and c.fast and speed.fuses_attention(q):
+            y = speed.fused_attention(q, k, v)
+        else:
+            seen = jnp.arange(k.shape[2]) <= start + jnp.arange(T)[:, None]  # T, S
+            scores = (q @ k.swapaxes(-2, -1)).astype(jnp.float32) / math.sqrt(q.shape[-1])  # B, H, T, S
+            weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
+            y = Dropout(c.dropout)(weights, train) @ v
+        y = split(y, BATCH, "tensor")  # B, H, T, D
         y = split(y.swapaxes(1, 2).reshape(B, T, C), BATCH, "tensor")
         return Dropout(c.dropout)(residual_linear(c, "c_proj")(y), train), cache
 
@@ -117,8 +122,9 @@ class GPT(nn.Module):
         x = Dropout(c.dropout)(x, train)
         caches = [None] * c.n_layer if cache is None else cache
         new_caches = []
+        block = nn.remat(Block, static_argnums=(3, 4)) if c.remat and train else Block
         for i, layer_cache in enumerate(caches):
-            x, layer_cache = Block(c, name=f"h_{i}")(x, layer_cache, start, train)
+            x, layer_cache = block(c, name=f"h_{i}")(x, layer_cache, start, train)
             new_caches.append(layer_cache)
         x = layer_norm(c, "ln_f")(x)
         if only is not None:

@@ -90,7 +90,8 @@ class Config:
     coordinator: str = ""  # host:port of process 0 where several processes train together, or auto: a cluster knows it
     num_processes: int = 1
     process_id: int = 0
-    fast: bool = True  # on a CPU multiply as speed.py does; it makes no difference elsewhere
+    fast: bool = True  # on a CPU multiply, and on an NVIDIA GPU attend, as speed.py does
+    remat: bool = False  # a third more arithmetic for much less memory: see model.py
     iters_per_call: int = 10  # iterations that one jitted call makes, with no trip back to Python between them
 
     def check(self):
@@ -331,7 +332,7 @@ def catch_signals():
 def first_model(config, dataset):
     """What to start from, as init_from says: (GPTConfig, where its parameters are, the tokenizer's folder)."""
     tokenizer = load_tokenizer(dataset)
-    own = {"dropout": config.dropout, "dtype": config.dtype, "fast": config.fast}
+    own = {"dropout": config.dropout, "dtype": config.dtype, "fast": config.fast, "remat": config.remat}
     if config.init_from == "scratch":
         shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
         return GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own), None, dataset
