@@ -44,11 +44,12 @@ def test_killed_at_random_moments_and_resumed_it_is_the_unbroken_run(request, ru
     metrics, moments, last = out_dir / "metrics.jsonl", [], 0
     for number in range(kills):
         resumed = ["--init_from=resume"] if last else []
+        written = grows(metrics)  # the former process may have come further than the checkpoint
         process = start(dataset, out_dir, *flags, *resumed)
         if number % 4 == 3:  # before it has come to train: while it reads the checkpoint, say
             time.sleep(draw.uniform(1, 4))
         else:
-            wait_until(process, lambda last=last: came_past(metrics, last))
+            wait_until(process, lambda last=last, written=written: written() and came_past(metrics, last))
             time.sleep(draw.uniform(0, 0.8))
         assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
@@ -69,8 +70,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_unbroken_run(request, ru
 
 def test_sigterm_saves_exits_0_and_says_how_to_go_on(run, dataset, tmp_path):
     process = start(dataset, tmp_path / "stopped", "--max_iters=100000", stderr=subprocess.PIPE, text=True)
-    wait_until(process, grows(tmp_path / "stopped" / "metrics.jsonl"))
-    time.sleep(1)
+    wait_until(process, lambda: came_past(tmp_path / "stopped" / "metrics.jsonl", 0))
     process.terminate()
     _, errors = process.communicate(timeout=120)
     last, _ = state(tmp_path / "stopped")
