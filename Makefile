@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 TOX = .venv/bin/tox
 
-.PHONY: test demo bench fuzz clean
+.PHONY: test demo bench fuzz kills clean
 
 test: $(TOX)
 	$(TOX) run
@@ -15,6 +15,10 @@ bench: $(TOX)
 
 fuzz: $(TOX)
 	$(TOX) run -e shared -- --hypothesis-profile=fuzz
+
+# kill -9 at fifty random moments of training, and an exact resume after each
+kills: $(TOX)
+	$(TOX) run -e jax -- -m faults -k killed_at_random --kills=50 --kills-seed=$$(date +%s)
 
 # trained models and other outputs stay
 clean:

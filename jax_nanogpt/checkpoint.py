@@ -1,11 +1,13 @@
-"""Checkpoints through Orbax: the last and the best, each complete or not there at all.
+"""Checkpoints through Orbax: the last two and the best, each complete or not there at all.
 
 Orbax writes a step into a temporary folder and renames it when every byte is down; only then are older steps
-deleted. So a kill at any moment leaves the step before whole.
+deleted. So a kill at any moment leaves the step before whole. The last two, for a disk may damage one.
 """
 
+import json
 import logging
 import shutil
+import sys
 from operator import itemgetter
 from pathlib import Path
 
@@ -13,42 +15,104 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jax_nanogpt.device import leads
+from jax_nanogpt.files import write_text
 from jax_nanogpt.model import GPTConfig
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells at length what was asked of it
+for name in "absl", "asyncio":  # Orbax tells at length what was asked of it, and each error beside raising it
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def quiet(unraisable):
+    """After one file's error Orbax leaves, and what TensorStore says of the other files then finds nobody."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+sys.unraisablehook = quiet
+SIZES = "sizes.json"  # of the files beside it
 ITEMS = ("params", "opt_state", "about")  # apart, so that sampling reads the parameters alone
 
 
-class Checkpoints:
-    """What an out_dir holds. writable is for the one that trains; afresh puts a former run's aside first."""
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())  # others are not complete
 
-    def __init__(self, out_dir, writable=False, afresh=False):
+
+def last_good(out_dir):
+    """For messages."""
+    steps = steps_in(Path(out_dir) / "checkpoints")
+    return f"the last good checkpoint: iteration {steps[-1]} in {out_dir}" if steps else "there is no checkpoint yet"
+
+
+def sizes_in(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SIZES)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def truncated(folder):
+    """What is wrong with a step's files, or nothing: a disk that was full or lost its power may have kept a part."""
+    try:
+        sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""  # the run was killed before it could write down the sizes
+    except ValueError:
+        return f"{SIZES} is not readable"
+    now = sizes_in(folder)
+    wrong = [name for name, size in sizes.items() if now.get(name) != size]
+    return f"{wrong[0]} has {now.get(wrong[0], 0)} bytes of {sizes[wrong[0]]}" if wrong else ""
+
+
+class Checkpoints:
+    """What an out_dir holds, for one that will "read", "resume" or start "afresh", with a former run's put aside."""
+
+    def __init__(self, out_dir, purpose="read"):
+        self.out_dir, self.writable = out_dir, purpose != "read"
         self.folder = Path(out_dir).resolve() / "checkpoints"
-        if not writable and not self.folder.is_dir():
+        if purpose != "afresh" and not self.folder.is_dir():
             raise ValueError(f"out_dir is {out_dir}, which holds no checkpoint of train.py")
-        if afresh and self.folder.exists():
-            if any(path.name.isdigit() for path in self.folder.iterdir()):  # a complete one is there
-                aside = self.folder.with_name("checkpoints.old")
-                shutil.rmtree(aside, ignore_errors=True)
-                self.folder.rename(aside)
-            else:
-                shutil.rmtree(self.folder)
+        if purpose == "afresh" and leads():
+            self.put_run_aside()
+        for step in steps_in(self.folder):
+            if damage := truncated(self.folder / str(step)):
+                self.put_aside(step, damage)
+        multihost_utils.sync_global_devices("the folder is in order")  # of one process it asks nothing
         val_loss = itemgetter("val_loss")
-        keep = AnyPreservationPolicy([LatestN(1), BestN(n=1, get_metric_fn=val_loss, reverse=True)])
+        keep = AnyPreservationPolicy([LatestN(2), BestN(n=1, get_metric_fn=val_loss, reverse=True)])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
             best_fn=val_loss,
             best_mode="min",
-            cleanup_tmp_directories=writable,
-            read_only=not writable,
+            cleanup_tmp_directories=self.writable,
+            read_only=not self.writable,
             enable_async_checkpointing=False,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
-        if not writable and not self.manager.all_steps():
+        if purpose != "afresh" and not self.manager.all_steps():
             raise ValueError(f"out_dir is {out_dir}, which holds no complete checkpoint")
+
+    def put_run_aside(self):
+        if steps_in(self.folder):
+            aside = self.folder.with_name("checkpoints.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.folder.rename(aside)
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def put_aside(self, step, error):
+        """A damaged step goes where no one takes it for a good one; to one that only reads it is an error."""
+        text = f"iteration {step} in {self.out_dir} is damaged ({str(error).splitlines()[0]:.120})"
+        if not self.writable:
+            raise ValueError(f"{text}; train.py --init_from=resume puts it aside and goes on from the one before")
+        if leads():
+            print(f"{text}: it is put aside as checkpoints.damaged/{step}", file=sys.stderr)
+            aside = self.folder.with_name("checkpoints.damaged") / str(step)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(aside)
 
     def save(self, step, params, opt_state, about, val_loss):
         items = ocp.args.Composite(
@@ -56,7 +120,15 @@ class Checkpoints:
             opt_state=ocp.args.StandardSave(opt_state),
             about=ocp.args.JsonSave(about),
         )
-        self.manager.save(step, args=items, metrics={"val_loss": val_loss})
+        try:
+            self.manager.save(step, args=items, metrics={"val_loss": val_loss})
+            if leads():
+                folder = self.folder / str(step)
+                write_text(folder / SIZES, json.dumps(sizes_in(folder)))
+        except Exception as error:  # Orbax and TensorStore tell of a full disk in many ways
+            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(f"iteration {step} could not be saved: {str(error).splitlines()[0]:.300}") from error
 
     def last(self):
         return self.manager.latest_step()
@@ -67,13 +139,35 @@ class Checkpoints:
     def about(self, step):
         return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
+    def newest(self, read):
+        """(step, read(step)) of the newest step that can be read; those that cannot are put aside."""
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            problem, found = "", None
+            try:
+                found = read(step)
+            except (
+                Exception
+            ) as error:  # what a damaged file makes of Orbax, TensorStore and the rest is not of one kind
+                problem = str(error) or repr(error)
+            if not multihost_utils.process_allgather(np.array(bool(problem))).any():
+                return step, found
+            self.put_aside(step, problem or "another process cannot read it")
+            multihost_utils.sync_global_devices("it is aside")
+            self.manager.reload()
+        raise ValueError(f"out_dir is {self.out_dir}, which holds no checkpoint that can be read")
+
     def restore_model(self, step, dtype="float32"):
         here = SingleDeviceSharding(jax.devices()[0])  # where the machine has other devices than the one that saved
         items = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=here))
-        params = self.manager.restore(step, args=items)["params"]
-        config = GPTConfig(**{**self.about(step)["model"], "dtype": dtype})
+        try:
+            params = self.manager.restore(step, args=items)["params"]
+            config = GPTConfig(**{**self.about(step)["model"], "dtype": dtype})
+        except Exception as error:
+            self.put_aside(step, error)
         return config, jax.tree.map(lambda p: jnp.asarray(np.asarray(p), dtype), params)
 
-    def restore_opt_state(self, step, like):
-        items = ocp.args.Composite(opt_state=ocp.args.StandardRestore(like))
-        return self.manager.restore(step, args=items)["opt_state"]
+    def restore(self, like, step):
+        """like is {"params": ..., "opt_state": ...}, or has one of them: shapes, and where each array is to lie,
+        wherever it lay when it was saved."""
+        items = {item: ocp.args.StandardRestore(tree) for item, tree in like.items()}
+        return self.manager.restore(step, args=ocp.args.Composite(**items))

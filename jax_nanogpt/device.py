@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 NAMES = ("auto", "cpu", "gpu", "tpu")
+LOST_S = 30  # without a sign of life, after which a process is given up
 
 
 def keep_compiled():
@@ -33,8 +34,24 @@ def choose_devices(name):
         devices = jax.devices(None if name == "auto" else name)
     except RuntimeError:
         raise ValueError(f"device is {name}, but JAX finds only: {jax.default_backend()}") from None
-    jax.config.update("jax_default_device", devices[0])
+    jax.config.update("jax_default_device", jax.local_devices(backend=devices[0].client.platform)[0])
     return devices
+
+
+def join(coordinator, num_processes, process_id):
+    """Makes this process one of several. coordinator is host:port, where process 0 listens, or auto: then JAX asks
+    Slurm, Open MPI, a TPU pod or its own variables (JAX_COORDINATOR_ADDRESS and so on) for all three."""
+    known = () if coordinator == "auto" else (coordinator, num_processes, process_id)
+    try:
+        jax.distributed.initialize(*known, initialization_timeout=120, heartbeat_timeout_seconds=LOST_S)
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"coordinator is {coordinator}, where the processes do not find each other: {first}") from None
+
+
+def leads():
+    """Whether this process is the one that prints, and writes what is written once."""
+    return jax.process_index() == 0
 
 
 def describe(devices):

@@ -17,6 +17,7 @@ from jax import lax
 
 from jax_nanogpt import speed
 from jax_nanogpt.dropout import Dropout
+from jax_nanogpt.mesh import BATCH, split
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class GPTConfig:
     bias: bool = True  # in the linears and layer norms; without is a little faster, GPT-2 has it
     dropout: float = 0.0
     dtype: str = "float32"  # of the arithmetic; parameters keep the type they are stored in
-    fast: bool = True  # on a CPU multiply as speed.py does
+    fast: bool = True  # on a CPU multiply, and on an NVIDIA GPU attend, as speed.py does
+    remat: bool = False  # in training keep only what stands between the blocks, and compute the rest again
 
     @property
     def dot_general(self):
@@ -59,18 +61,23 @@ class CausalSelfAttention(nn.Module):
     def __call__(self, x, cache, start, train):
         c = self.config
         B, T, C = x.shape
-        qkv = linear(c, 3 * C, "c_attn")(x)  # B, T, 3C
+        qkv = split(linear(c, 3 * C, "c_attn")(x), BATCH, "tensor")  # B, T, 3C: over several devices T is split, then H
         qkv = qkv.reshape(B, T, 3, c.n_head, C // c.n_head).transpose(2, 0, 3, 1, 4)  # 3, B, H, T, D
-        q, k, v = qkv
+        q, k, v = qkv = split(qkv, None, BATCH, "tensor")
         if cache is not None:
             k, v = cache = lax.dynamic_update_slice(
                 cache, qkv[1:].astype(cache.dtype), (0, 0, 0, start, 0)
             )  # B, H, S, D
-        seen = jnp.arange(k.shape[2]) <= start + jnp.arange(T)[:, None]  # T, S
-        scores = (q @ k.swapaxes(-2, -1)).astype(jnp.float32) / math.sqrt(q.shape[-1])  # B, H, T, S
-        weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
-        weights = Dropout(c.dropout)(weights, train)
-        y = (weights @ v).swapaxes(1, 2).reshape(B, T, C)
+        drops = train and c.dropout > 0  # some of the weights, which a fused kernel never writes down
+        if cache is None and not drops and c.fast and speed.fuses_attention(q):
+            y = speed.fused_attention(q, k, v)
+        else:
+            seen = jnp.arange(k.shape[2]) <= start + jnp.arange(T)[:, None]  # T, S
+            scores = (q @ k.swapaxes(-2, -1)).astype(jnp.float32) / math.sqrt(q.shape[-1])  # B, H, T, S
+            weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
+            y = Dropout(c.dropout)(weights, train) @ v
+        y = split(y, BATCH, "tensor")  # B, H, T, D
+        y = split(y.swapaxes(1, 2).reshape(B, T, C), BATCH, "tensor")
         return Dropout(c.dropout)(residual_linear(c, "c_proj")(y), train), cache
 
 
@@ -81,6 +88,7 @@ class MLP(nn.Module):
     def __call__(self, x, train):
         c = self.config
         x = nn.gelu(linear(c, 4 * c.n_embd, "c_fc")(x), approximate=True)  # B, T, 4C
+        x = split(x, BATCH, None, "tensor")
         return Dropout(c.dropout)(residual_linear(c, "c_proj")(x), train)
 
 
@@ -91,8 +99,8 @@ class Block(nn.Module):
     def __call__(self, x, cache, start, train):
         c = self.config
         y, cache = CausalSelfAttention(c, name="attn")(layer_norm(c, "ln_1")(x), cache, start, train)
-        x = x + y
-        return x + MLP(c, name="mlp")(layer_norm(c, "ln_2")(x), train), cache
+        x = split(x + y, BATCH, "tensor")
+        return split(x + MLP(c, name="mlp")(layer_norm(c, "ln_2")(x), train), BATCH, "tensor"), cache
 
 
 class GPT(nn.Module):
@@ -110,12 +118,13 @@ class GPT(nn.Module):
         wte = self.param("wte", nn.initializers.normal(0.02), (c.vocab_size, c.n_embd))
         wpe = self.param("wpe", nn.initializers.normal(0.02), (c.block_size, c.n_embd))
         positions = lax.dynamic_slice_in_dim(wpe, start, tokens.shape[1])
-        x = (wte[tokens] + positions).astype(c.dtype)  # B, T, C
+        x = split((wte[tokens] + positions).astype(c.dtype), BATCH, "tensor")  # B, T, C
         x = Dropout(c.dropout)(x, train)
         caches = [None] * c.n_layer if cache is None else cache
         new_caches = []
+        block = nn.remat(Block, static_argnums=(3, 4)) if c.remat and train else Block
         for i, layer_cache in enumerate(caches):
-            x, layer_cache = Block(c, name=f"h_{i}")(x, layer_cache, start, train)
+            x, layer_cache = block(c, name=f"h_{i}")(x, layer_cache, start, train)
             new_caches.append(layer_cache)
         x = layer_norm(c, "ln_f")(x)
         if only is not None:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jax_nanogpt.mesh import split
+
 
 def course(config):
     """step -> the fraction of the peak rate: linear warm-up, then down to min_lr by a cosine or a line."""
@@ -52,7 +54,8 @@ def make_optimizer(config):
     )
     muon = optax.chain(
         optax.trace(c.muon_momentum, nesterov=True),
-        optax.stateless(lambda updates, _: jax.tree.map(orthogonalize, updates)),
+        # whole on every device: 40 small products of a matrix's slices would cost more in messages than they save
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u: split(orthogonalize(split(u))), updates)),
         optax.add_decayed_weights(c.muon_weight_decay),
         optax.scale_by_learning_rate(lambda step: c.muon_lr * fraction(step)),
     )

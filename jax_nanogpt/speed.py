@@ -9,6 +9,7 @@ Two things take a third and then a fifth off a training iteration there (README.
   The products come out in float32, so that what stands between them needs no conversions either.
 
 GPTConfig.fast switches it off. On an accelerator, or for bfloat16 on a CPU without such instructions, it steps aside.
+On an NVIDIA GPU there is one thing to do: attention in bfloat16 goes to cuDNN's fused kernel.
 """
 
 from functools import cache, partial
@@ -51,6 +52,20 @@ def gradients(axis, x_and_kernel, g):
 
 
 bfloat16_product.defvjp(lambda x, kernel, axis: (matmul(x, kernel, axis), (x, kernel)), gradients)
+
+
+def fuses_attention(q):
+    """Whether cuDNN has a kernel for attention among q [B, H, T, D]: it never writes down the T * T scores."""
+    device = jax.config.jax_default_device or jax.devices()[0]
+    on_nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return on_nvidia and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+
+
+def fused_attention(q, k, v):
+    """Causal attention [B, H, T, D] by cuDNN, which takes [B, T, H, D]."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
 
 
 def dot_general(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):

@@ -7,9 +7,12 @@ Settings: the defaults below, then the config files, then the flags. --help list
 
 import json
 import math
+import os
+import re
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,15 +23,18 @@ import matplotlib
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jax_nanogpt import mesh as meshes
 from jax_nanogpt import weight_loader
-from jax_nanogpt.checkpoint import Checkpoints
+from jax_nanogpt.checkpoint import Checkpoints, last_good
 from jax_nanogpt.configurator import configure, fail
-from jax_nanogpt.device import choose_devices, describe
+from jax_nanogpt.device import choose_devices, describe, join, leads
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
+from jax_nanogpt.mesh import BATCH, from_each, highest, lay_out, make_mesh, make_on, shapes_on, split, split_state
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from shared.tokenizer import find_model, load_tokenizer
@@ -80,7 +86,12 @@ class Config:
     seed: int = 1337
     dtype: str = "bfloat16"  # or float32; parameters and optimizer are float32 in either
     device: str = "auto"  # or cpu, gpu, tpu
-    fast: bool = True  # on a CPU multiply as speed.py does; it makes no difference elsewhere
+    mesh: str = ""  # data:2,fsdp:4,tensor:1 for eight devices, as mesh.py tells; without it fsdp as far as it goes
+    coordinator: str = ""  # host:port of process 0 where several processes train together, or auto: a cluster knows it
+    num_processes: int = 1
+    process_id: int = 0
+    fast: bool = True  # on a CPU multiply, and on an NVIDIA GPU attend, as speed.py does
+    remat: bool = False  # a third more arithmetic for much less memory: see model.py
     iters_per_call: int = 10  # iterations that one jitted call makes, with no trip back to Python between them
 
     def check(self):
@@ -97,10 +108,20 @@ class Config:
             value = getattr(self, field.name)
             if field.type is float and not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value}, a finite number is expected")
-            may_be_zero = field.type is float or field.name in ("seed", "warmup_iters", "max_iters")
+            may_be_zero = field.type is float or field.name in ("seed", "warmup_iters", "max_iters", "process_id")
             if field.type in (int, float) and (value < 0 or value == 0 and not may_be_zero):
                 limit = "0 or more" if may_be_zero else "1 or more"
                 raise ValueError(f"{field.name} is {value}, {limit} is expected")
+        if self.mesh:
+            meshes.parse(self.mesh)
+        if self.num_processes > 1 and not self.coordinator:
+            raise ValueError(
+                f"num_processes is {self.num_processes}, and a coordinator, host:port, is expected with it"
+            )
+        if self.coordinator not in ("", "auto") and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
+            raise ValueError(f"coordinator is {self.coordinator!r}, host:port or auto is expected")
+        if self.process_id >= self.num_processes:
+            raise ValueError(f"process_id is {self.process_id}, below num_processes ({self.num_processes}) is expected")
         if not self.out_dir:
             raise ValueError(f"out_dir is {self.out_dir!r}, a folder is expected")
         if self.seed >= 2**63:
@@ -111,6 +132,21 @@ class Config:
             raise ValueError(f"learning_rate is {self.learning_rate}, above 0 is expected")
         if self.dropout >= 1:
             raise ValueError(f"dropout is {self.dropout}, below 1 is expected")
+
+
+# what may change from a run to the one that resumes it, and is not remarked on
+FREE = {
+    "out_dir",
+    "init_from",
+    "eval_interval",
+    "eval_iters",
+    "eval_only",
+    "max_iters",
+    "device",
+    "mesh",
+    "iters_per_call",
+}
+FREE |= {"coordinator", "num_processes", "process_id", "dataset", "n_layer", "n_head", "n_embd", "block_size", "bias"}
 
 
 # --- data: a .bin is one long row of uint16 tokens, and an example is any block_size + 1 of them
@@ -150,19 +186,23 @@ def epoch_starts(tokens, block_size, seed, epoch):
     return draw.integers(tokens - windows * block_size) + block_size * draw.permutation(windows)
 
 
-def batches(data, config, first, count):
-    """Iterations first, first + 1, ...: [count, accumulation, B, T + 1]. An iteration's draw hangs on nothing
-    but the seed and its number, so that a resumed run sees what an unbroken one would have."""
+def read(data, starts, block_size, sharding):
+    """The examples that begin at starts [...]: [..., T + 1], of which each process reads those of its own devices."""
+    shape = *starts.shape, block_size + 1
+    return jax.make_array_from_callback(shape, sharding, lambda part: cut(data, starts[part[:-1]], block_size))
+
+
+def draw_starts(tokens, config, first, count):
+    """Where the examples of iterations first, first + 1, ... begin: [count, accumulation, B]. A draw hangs on nothing
+    but the seed and the iteration's number, so that a resumed run sees what an unbroken one would have."""
     T, seed = config.block_size, config.seed
     shape = config.gradient_accumulation_steps, config.batch_size
     if config.draw == "epochs":
-        windows, each = len(epoch_starts(len(data), T, seed, 0)), math.prod(shape)
+        windows, each = len(epoch_starts(tokens, T, seed, 0)), math.prod(shape)
         numbers = (divmod(n, windows) for n in range(first * each, (first + count) * each))
-        starts = np.array([epoch_starts(len(data), T, seed, epoch)[n] for epoch, n in numbers]).reshape(count, *shape)
-    else:
-        draws = [np.random.default_rng((seed, i)) for i in range(first, first + count)]
-        starts = np.stack([draw.integers(len(data) - T, size=shape) for draw in draws])
-    return cut(data, starts, T)
+        return np.array([epoch_starts(tokens, T, seed, epoch)[n] for epoch, n in numbers]).reshape(count, *shape)
+    draws = [np.random.default_rng((seed, i)) for i in range(first, first + count)]
+    return np.stack([draw.integers(tokens - T, size=shape) for draw in draws])
 
 
 # --- the jitted functions
@@ -190,31 +230,32 @@ def train_iterations(model, optimizer, params, opt_state, examples, first, count
         keys = jax.random.split(jax.random.fold_in(key, first + i), accumulation)
 
         def micro_batch(sums, batch_and_key):
-            loss_and_gradients = jax.value_and_grad(lambda p: losses(model, p, *batch_and_key).mean())(params)
-            return jax.tree.map(jnp.add, sums, loss_and_gradients), None
+            loss, gradients = jax.value_and_grad(lambda p: losses(model, p, *batch_and_key).mean())(params)
+            return jax.tree.map(jnp.add, sums, (loss, split_state(gradients))), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         sums, _ = lax.scan(micro_batch, zeros, (examples[i], keys))
         loss, gradients = jax.tree.map(lambda total: total / accumulation, sums)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, seen.at[i].set(loss)
+        state = split_state((optax.apply_updates(params, updates), opt_state))
+        return *state, seen.at[i].set(split(loss))
 
     return lax.fori_loop(0, count, iteration, (params, opt_state, jnp.zeros(len(examples))))
 
 
 @partial(jax.jit, static_argnames="model")
 def window_losses(model, params, windows):
-    return losses(model, params, windows).mean(axis=1)
+    return split(losses(model, params, windows).mean(axis=1))
 
 
-def evaluate(model, params, data, config, place):
+def evaluate(model, params, data, config, sharding):
     """The mean loss over evenly spread windows that do not overlap: all of them where eval_iters reaches."""
     T, B = config.block_size, config.batch_size
     windows = (len(data) - 1) // T
     used = min(windows, config.eval_iters * B)
     starts = np.arange(used) * windows // used * T
     padded = np.resize(starts, -(-used // B) * B).reshape(-1, B)  # the last batch is filled up, and cut below
-    found = [window_losses(model, params, place(cut(data, some, T))) for some in padded]
+    found = [window_losses(model, params, read(data, some, T, sharding)) for some in padded]
     return float(np.concatenate(found)[:used].astype(np.float64).mean())
 
 
@@ -230,15 +271,19 @@ class Metrics:
             for line in self.file.read_text(encoding="utf-8").split("\n")[:-1]:
                 if (row := json.loads(line))["iter"] <= start:
                     self.rows.append(row)
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_text(self.file, text)
+        if leads():
+            write_text(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, **row):
+        if not leads():
+            return
         self.rows.append(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def draw(self):
+        if not leads():
+            return
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for key, style in ("loss", "0.8"), ("train_loss", "tab:blue"), ("val_loss", "tab:orange"):
             points = [(row["iter"], row[key]) for row in self.rows if key in row]
@@ -253,31 +298,49 @@ class Metrics:
 # --- the run
 
 
-def stop_at_interrupt():
-    """A list that the first Ctrl-C fills, for the loop to see between two calls; the second Ctrl-C ends it at once."""
-    stopped = []
+def say(text, file=None):
+    if leads():
+        tqdm.write(text, file=file)
+        (file or sys.stdout).flush()
 
-    def stop(*_):
-        stopped.append(True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, stop)
-    return stopped
+def give_up(text):
+    sys.exit(text if leads() else 1)
+
+
+def lost(error):
+    """What the others say when one of several processes has died."""
+    text = f"process {jax.process_index()} of {jax.process_count()}: another one is gone, or cannot be reached"
+    print(f"{text} ({str(error).splitlines()[0]:.200}); start all anew: --init_from=resume goes on", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)  # JAX's own way out would wait for the one that is gone
+
+
+def catch_signals():
+    """A list that the first Ctrl-C or SIGTERM fills, for the loop to see between two calls. The second ends all."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, catch)
+    return caught
 
 
 def first_model(config, dataset):
-    """(GPTConfig, params, iteration) to start from, as init_from says, and the folder that holds its tokenizer."""
+    """What to start from, as init_from says: (GPTConfig, where its parameters are, the tokenizer's folder)."""
     tokenizer = load_tokenizer(dataset)
-    own = {"dropout": config.dropout, "dtype": config.dtype, "fast": config.fast}
+    own = {"dropout": config.dropout, "dtype": config.dtype, "fast": config.fast, "remat": config.remat}
     if config.init_from == "scratch":
         shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
-        model_config = GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own)
-        return model_config, init_params(model_config, jax.random.key(config.seed)), 0, dataset
+        return GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own), None, dataset
     if config.init_from == "resume":
-        checkpoints = Checkpoints(config.out_dir)
-        folder, iteration = Path(config.out_dir), checkpoints.last()
-        model_config, params = checkpoints.restore_model(iteration)
-        if (theirs := checkpoints.about(iteration)["optimizer"]) != config.optimizer:
+        folder, source = Path(config.out_dir), Checkpoints(config.out_dir, "read" if config.eval_only else "resume")
+        iteration, about = source.newest(source.about)
+        model_config = GPTConfig(**about["model"])
+        if (theirs := about["optimizer"]) != config.optimizer:
             raise ValueError(f"optimizer is {config.optimizer}, but {folder} was trained with {theirs}")
         if iteration >= config.max_iters and not config.eval_only:
             raise ValueError(
@@ -286,85 +349,150 @@ def first_model(config, dataset):
         for key in ("n_layer", "n_head", "n_embd", "block_size"):
             if getattr(config, key) not in (getattr(Config, key), theirs := getattr(model_config, key)):
                 raise ValueError(f"{key} is {getattr(config, key)}, but {folder} was trained with {theirs}")
+        former = about.get("settings", {})
+        others = [
+            f"{key} {getattr(config, key)} (was {former[key]})" for key in former if former[key] != getattr(config, key)
+        ]
+        if others and not config.eval_only:
+            say(f"this run goes on otherwise than it began: {', '.join(others)}", file=sys.stderr)
     else:
-        folder, iteration = find_model(config.init_from).folder, 0
-        model_config, params = weight_loader.load(folder)
-        model_config, params = weight_loader.crop(model_config, params, config.block_size)
+        folder = find_model(config.init_from).folder
+        model_config, source = weight_loader.crop(*weight_loader.load(folder), config.block_size)
     theirs = load_tokenizer(folder)
     if theirs.decode(range(theirs.n_vocab)) != tokenizer.decode(range(tokenizer.n_vocab)):
         raise ValueError(f"dataset is {dataset}, whose tokens are not those that {folder} was trained on")
-    return replace(model_config, **own), params, iteration, folder
+    return replace(model_config, **own), source, folder
 
 
-def train(config, splits, devices, model_config, params, start, tokenizer_folder):
-    out_dir = Path(config.out_dir)
-    mesh = Mesh(devices, "batch")  # data parallel: every device has all parameters and a share of each batch
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shared_out = {axis: NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch")) for axis in (0, 2)}
-    model, optimizer = GPT(model_config), make_optimizer(config)
-    params = jax.device_put(params, everywhere)
-    key = jax.random.key(config.seed)
+def first_state(config, mesh, model_config, source, optimizer):
+    """(iteration, params, opt_state), each array where it belongs on the mesh."""
+    init, key = partial(init_params, model_config), jax.random.key(config.seed)
+    like = {"params": shapes_on(mesh, init, key)}
+    if not config.eval_only:
+        like["opt_state"] = shapes_on(mesh, optimizer.init, like["params"])
+    if isinstance(source, Checkpoints):
+        start, state = source.newest(partial(source.restore, like))
+        return start, state["params"], state.get("opt_state")
+    params = lay_out(source, like["params"]) if source else make_on(like["params"], init, key)
+    return 0, params, None if config.eval_only else make_on(like["opt_state"], optimizer.init, params)
+
+
+def train(config, splits, mesh, model_config, optimizer, state, checkpoints, tokenizer_folder):
+    start, params, opt_state = state
+    out_dir, model, key = Path(config.out_dir), GPT(model_config), jax.random.key(config.seed)
     tokens_per_iteration = config.batch_size * config.gradient_accumulation_steps * config.block_size
     flops = flops_per_token(model_config, params) * tokens_per_iteration
-    print(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices)}", flush=True)
+    say(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(mesh.devices.ravel())}{meshes.show(mesh)}")
 
     def losses_now():
-        place = partial(jax.device_put, device=shared_out[0])
-        return {split: evaluate(model, params, data, config, place) for split, data in splits.items()}
-
-    def insist_on_a_number(loss, iteration):
-        if not math.isfinite(loss):
-            good = f"iteration {checkpoints.last()} in {out_dir}" if checkpoints.last() else "none"
-            sys.exit(
-                f"the loss is {loss} by iteration {iteration}: a lower rate may help; the last good checkpoint: {good}"
-            )
+        where = NamedSharding(mesh, P(BATCH))
+        return {split: evaluate(model, params, data, config, where) for split, data in splits.items()}
 
     def report(iteration, now):
-        tqdm.write(f"iter {iteration} loss: train loss {now['train']:.4f}, val loss {now['val']:.4f}")
-        sys.stdout.flush()
+        say(f"iter {iteration} loss: train loss {now['train']:.4f}, val loss {now['val']:.4f}")
 
     if config.eval_only:
         return report(start, losses_now())
 
-    checkpoints = Checkpoints(out_dir, writable=True, afresh=config.init_from != "resume")
-    opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
-    if start:
-        opt_state = jax.device_put(checkpoints.restore_opt_state(start, opt_state), everywhere)
-    if tokenizer_folder != out_dir:  # as it is when resuming
+    checkpoints = checkpoints or Checkpoints(out_dir, "afresh")
+    if tokenizer_folder != out_dir and leads():  # as it is when resuming
         copy_files((*TOKENIZER_FILES, "config.json"), tokenizer_folder, out_dir)
     metrics = Metrics(out_dir, start)
-    bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1)
-    about = {"model": vars(model_config), "optimizer": config.optimizer}
-    iteration, stopped = start, stop_at_interrupt()
-    while True:
-        done = iteration >= config.max_iters or stopped
-        if (iteration % config.eval_interval == 0 or done) and (iteration > start or not start):
-            report(iteration, now := losses_now())
-            insist_on_a_number(now["val"], iteration)
-            metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
-            metrics.draw()
-            if iteration > start:
-                checkpoints.save(iteration, params, opt_state, about, now["val"])
-        if done:
-            break
-        stop = min(config.max_iters, (iteration // config.eval_interval + 1) * config.eval_interval)
-        count = min(config.iters_per_call, stop - iteration)
-        examples = jax.device_put(batches(splits["train"], config, iteration, config.iters_per_call), shared_out[2])
-        began = time.perf_counter()
-        params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, iteration, count, key)
-        loss = float(seen[:count].mean())
-        seconds = (time.perf_counter() - began) / count
-        iteration += count
-        insist_on_a_number(loss, iteration)
-        metrics.add(iter=iteration, loss=loss, s_per_iter=round(seconds, 6))
+    bar = tqdm(total=config.max_iters, initial=start, unit="iter", smoothing=0.1, disable=not leads())
+    settings = {key: value for key, value in vars(config).items() if key not in FREE}
+    about = {"model": vars(model_config), "optimizer": config.optimizer, "settings": settings}
+    caught, alone = catch_signals(), jax.process_count() == 1
+    stopped = caught if alone else []  # processes must stop at one iteration: they tell each other what they caught
+    settled = time.perf_counter()
+
+    def insist_on_numbers(losses, first):
+        for iteration, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                give_up(f"the loss is {loss} at iteration {iteration}; {last_good(out_dir)}")
+
+    def settle(first, count, seen, signals, began):
+        """Waits for a call's losses, looks at them and writes them down."""
+        nonlocal settled
+        seen = np.asarray(seen)[:count]
+        settled, before = time.perf_counter(), max(began, settled)
+        seconds = (settled - before) / count
+        if not alone and (number := int(signals)):
+            stopped.append(number)
+        insist_on_numbers(seen, first + 1)
+        loss = float(seen.mean())
+        metrics.add(iter=first + count, loss=loss, s_per_iter=round(seconds, 6))
         bar.update(count)
         rates = f"{tokens_per_iteration / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3f} TFLOP/s"
         bar.set_postfix_str(f"loss {loss:.3f}, {rates}")
-    bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def next_call(first):
+        """(first, how many iterations, their examples on their way to the devices)"""
+        stop = min(config.max_iters, (first // config.eval_interval + 1) * config.eval_interval)
+        starts = draw_starts(len(splits["train"]), config, first, config.iters_per_call)
+        where = NamedSharding(mesh, P(None, None, BATCH))
+        return first, min(config.iters_per_call, stop - first), read(splits["train"], starts, config.block_size, where)
+
+    # The devices never wait for Python: while they make one call's iterations, the next call's examples are read and
+    # the losses of the call before are looked at.
+    iteration, ahead, unsettled = start, next_call(start), None
+    with bar:
+        while True:
+            done = iteration >= config.max_iters or stopped
+            if (iteration % config.eval_interval == 0 or done) and (iteration > start or not start):
+                if unsettled:
+                    unsettled = settle(*unsettled)
+                report(iteration, now := losses_now())
+                insist_on_numbers([now["val"]], iteration)
+                metrics.add(iter=iteration, train_loss=now["train"], val_loss=now["val"])
+                metrics.draw()
+                if iteration > start:
+                    checkpoints.save(iteration, params, opt_state, about, now["val"])
+            if done:
+                break
+            first, count, examples = ahead
+            began = time.perf_counter()
+            params, opt_state, seen = train_iterations(model, optimizer, params, opt_state, examples, first, count, key)
+            signals = None if alone else highest(from_each(mesh, caught[0] if caught else 0))
+            iteration += count
+            if iteration < config.max_iters:
+                ahead = next_call(iteration)
+            if unsettled:
+                settle(*unsettled)
+            unsettled = first, count, seen, signals, began
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if stopped:
-        print(f"stopped at iteration {iteration}" + "; --init_from=resume goes on" * (iteration > 0), file=sys.stderr)
-        sys.exit(130)
+        say(f"stopped at iteration {iteration}" + "; --init_from=resume goes on" * (iteration > 0), file=sys.stderr)
+        return 130 if stopped[0] == signal.SIGINT else 0
+
+
+def run():
+    try:
+        config = configure(Config(), sys.argv[1:], HERE)
+        config.check()
+        if config.coordinator:
+            join(config.coordinator, config.num_processes, config.process_id)
+        devices = choose_devices(config.device)
+        dataset = find_dataset(config.dataset)
+        model_config, source, tokenizer_folder = first_model(config, dataset)
+        mesh = make_mesh(config.mesh, devices, config.batch_size, model_config)
+        config = replace(config, block_size=model_config.block_size)
+        splits = {split: open_split(dataset, split, model_config) for split in ("train", "val")}
+        optimizer = make_optimizer(config)
+        state = first_state(config, mesh, model_config, source, optimizer)
+        if not config.eval_only:
+            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        fail(f"out_dir is {config.out_dir}, a folder is expected")
+    except (ValueError, OSError) as error:
+        fail(error)
+    checkpoints = source if isinstance(source, Checkpoints) else None
+    one_device = nullcontext()  # its program is the one without a mesh
+    try:
+        with jax.set_mesh(mesh) if mesh.size > 1 else one_device:
+            return train(config, splits, mesh, model_config, optimizer, state, checkpoints, tokenizer_folder)
+    except OSError as error:  # a full disk, as a rule
+        give_up(f"{config.out_dir} cannot be written: {error}; {last_good(config.out_dir)}")
 
 
 def main():
@@ -372,25 +500,17 @@ def main():
         print(__doc__)
         for field in fields(Config):
             print(f"  --{field.name}={field.default}")
-        return
+        return 0
     try:
-        config = configure(Config(), sys.argv[1:], HERE)
-        config.check()
-        devices = choose_devices(config.device)
-        if config.batch_size % len(devices):
-            raise ValueError(f"batch_size is {config.batch_size}, a multiple of the {len(devices)} devices is expected")
-        dataset = find_dataset(config.dataset)
-        model_config, params, start, tokenizer_folder = first_model(config, dataset)
-        config = replace(config, block_size=model_config.block_size)
-        splits = {split: open_split(dataset, split, model_config) for split in ("train", "val")}
-        if not config.eval_only:
-            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        fail(f"out_dir is {config.out_dir}, a folder is expected")
-    except (ValueError, OSError) as error:
-        fail(error)
-    train(config, splits, devices, model_config, params, start, tokenizer_folder)
+        status = run()
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        lost(error)
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

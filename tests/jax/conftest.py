@@ -1,11 +1,26 @@
 """No test asks a hub; and many compile the same program: XLA's results are kept for as long as the tests run."""
 
 import os
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 
 import jax
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import TINY
+
+from jax_nanogpt import train
+from jax_nanogpt.data.corpus import write_characters
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("kills", "kill -9 in training (make kills)")
+    group.addoption("--kills", type=int, default=6, help="how many (default: %(default)s)")
+    group.addoption("--kills-seed", type=int, default=0, help="of their moments (default: %(default)s)")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,3 +30,23 @@ def compilation_cache(tmp_path_factory):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_characters(folder, "".join(topics[name] for name in sorted(topics)[:8]))
+    return folder
+
+
+@pytest.fixture
+def run(dataset, monkeypatch, capsys):
+    """train.py in this process: run(out_dir, flags...) -> what it printed."""
+
+    def call(out_dir, *flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags])
+        train.main()
+        printed, call.errors = capsys.readouterr()
+        return printed
+
+    return call

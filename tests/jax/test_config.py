@@ -95,6 +95,10 @@ def test_the_config_files_hold_known_settings_within_limits(path):
         ("--dropout=1.0", "dropout is 1.0, below 1 is expected"),
         ("--min_lr=1e999", "min_lr is inf, a finite number is expected"),
         ("--learning_rate=0", "learning_rate is 0.0, above 0 is expected"),
+        ("--mesh=heads:2", "mesh is 'heads:2': 'heads:2' is not one of its axes"),
+        ("--num_processes=2", "num_processes is 2, and a coordinator, host:port, is expected with it"),
+        ("--coordinator=somewhere", "coordinator is 'somewhere', host:port or auto is expected"),
+        ("--process_id=1", "process_id is 1, below num_processes (1) is expected"),
         ("--n_head=5", "n_embd is 768, a multiple of n_head (5) is expected"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 
 from jax_nanogpt.data import corpus
 from jax_nanogpt.data.openwebtext import prepare as openwebtext
-from jax_nanogpt.train import Config, batches
+from jax_nanogpt.train import Config, cut, draw_starts
 from shared.tokenizer import find_model, load_tokenizer
 
 DATA = Path(corpus.__file__).parent
@@ -149,6 +149,10 @@ def test_openwebtext_without_datasets_is_one_line(monkeypatch, capsys):
         runpy.run_path(openwebtext.__file__, run_name="__main__")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "the package datasets is missing: pip install datasets\n"
+
+
+def batches(text, config, first, count):
+    return cut(text, draw_starts(len(text), config, first, count), config.block_size)
 
 
 def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():

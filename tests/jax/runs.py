@@ -1,0 +1,41 @@
+"""train.py's runs, for the tests: how to start one, and what it left behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jax_nanogpt import train
+from jax_nanogpt.checkpoint import Checkpoints
+
+SCRIPT = Path(train.__file__)
+TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_iters=3")
+TINY += ("--gradient_accumulation_steps=2", "--dropout=0.2", "--dtype=float32", "--device=cpu")
+TINY += ("--learning_rate=1e-2", "--min_lr=1e-3", "--warmup_iters=5", "--lr_decay_iters=40", "--eval_interval=1000")
+
+
+def start(dataset, out_dir, *flags, **options):
+    command = [sys.executable, SCRIPT, *TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags]
+    return subprocess.Popen(command, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options)
+
+
+def state(out_dir):
+    """The last checkpoint whole: its iteration, and every array of the parameters and the optimizer."""
+    checkpoints = Checkpoints(out_dir)
+    last = checkpoints.last()
+    read = ocp.args.StandardRestore(fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    restored = checkpoints.manager.restore(last, args=ocp.args.Composite(params=read, opt_state=read))
+    return last, jax.tree.leaves((restored["params"], restored["opt_state"]))
+
+
+def same(one, other):
+    return one[0] == other[0] and all(map(np.array_equal, one[1], other[1]))
+
+
+def losses_of(out_dir, kind="val_loss"):
+    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    return {row["iter"]: row[kind] for row in rows if kind in row}

@@ -1,0 +1,129 @@
+"""What an accelerator gets, as far as a CPU can tell: the programs, remat, the measuring script, the plan on paper."""
+
+import json
+import re
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.ad_checkpoint import saved_residuals
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import AbstractMesh, AxisType
+
+from jax_nanogpt import bench_gpu, plan, speed
+from jax_nanogpt import mesh as meshes
+from jax_nanogpt.model import GPT, GPTConfig, init_params
+from jax_nanogpt.optimizer import make_optimizer
+from jax_nanogpt.train import Config, losses, train_iterations
+
+CONFIG = GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+
+
+@pytest.fixture
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+def mean_logit(config, params, tokens):
+    return GPT(config).apply({"params": params}, tokens, train=True)[0].mean()
+
+
+def test_on_an_nvidia_gpu_attention_is_cudnns_forward_and_back(params, monkeypatch):
+    """The program for CUDA, lowered here; JAX asks its own cuDNN for its version, and there is none."""
+    version = type("Version", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
+    monkeypatch.setattr(cudnn, "cuda_versions", version)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(speed, "on_cpu", lambda: False)
+    monkeypatch.setattr(speed, "fuses_attention", lambda q: q.dtype == jnp.bfloat16)
+
+    def program(**settings):
+        config = replace(CONFIG, dropout=0.0, dtype="bfloat16", **settings)
+        step = jax.jit(jax.grad(partial(mean_logit, config)))
+        return step.trace(params, jnp.zeros((2, 64), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = program()
+    assert len(re.findall(r"custom_call @__cudnn\$fmhaSoftmax\(", text)) == CONFIG.n_layer
+    assert len(re.findall(r"custom_call @__cudnn\$fmhaSoftmaxBackward\(", text)) == CONFIG.n_layer
+    assert text.count("mask_type\\22: \\22CAUSAL") == 2 * CONFIG.n_layer
+    assert "64x64" not in text  # no scores
+    assert "__cudnn" not in program(fast=False) and "64x64" in program(fast=False)
+
+
+def test_the_fused_kernels_attention_is_ours(params, monkeypatch):
+    """jax.nn.dot_product_attention's contract, by its own XLA implementation."""
+    tokens = np.random.default_rng(0).integers(65, size=(2, 64))
+    ours, _ = GPT(CONFIG).apply({"params": params}, tokens)
+    plain = partial(jax.nn.dot_product_attention)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
+    monkeypatch.setattr(speed, "fuses_attention", lambda q: True)
+    fused, _ = GPT(CONFIG).apply({"params": params}, tokens)
+    np.testing.assert_allclose(fused, ours, atol=1e-6)
+
+
+def test_here_no_kernel_is_fused():
+    assert not speed.fuses_attention(jnp.zeros((1, 1, 8, 64), jnp.bfloat16))
+
+
+def test_remat_learns_the_same_and_keeps_less_for_the_backward_pass(params):
+    settings, examples = Config(learning_rate=1e-3), np.random.default_rng(0).integers(65, size=(5, 1, 4, 65))
+    seen, kept = {}, {}
+    for remat in False, True:
+        model, optimizer = GPT(replace(CONFIG, remat=remat)), make_optimizer(settings)
+        state = jax.tree.map(jnp.copy, params), optimizer.init(params)
+        seen[remat] = train_iterations(model, optimizer, *state, examples, 0, 5, jax.random.key(1))[2]
+        loss = lambda p, model=model: losses(model, p, examples[0, 0], jax.random.key(1)).mean()  # noqa: E731
+        kept[remat] = sum(array.size for array, _ in saved_residuals(loss, params))
+    np.testing.assert_allclose(seen[True], seen[False], atol=1e-5)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_the_measuring_script_runs_with_its_peer(capsys, monkeypatch):
+    flags = ["--shape=tiny", "--batch=2", "--block_size=16", "--iters=2", "--new-tokens=4", "--peak=1", "--device=cpu"]
+    monkeypatch.setattr(bench_gpu, "PAIRS", 1)
+    monkeypatch.setattr("sys.argv", ["bench_gpu.py", *flags])
+    bench_gpu.main()
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [row["work"] for row in results] == ["train", "sample", "sample_batch64"]
+    assert all(row["tokens_per_s"] > 0 and row["ratio"] > 0 and row["peer"]["tokens_per_s"] > 0 for row in results)
+    train = results[0]
+    assert train["mfu"] == pytest.approx(train["tflops"], abs=1e-3) and train["parameters"] > 3_000_000
+
+
+@pytest.mark.parametrize("flags", [["--new-tokens=1024"], ["--iters=0"], ["--device=abacus"]])
+def test_mistakes_in_measuring_end_in_one_line_and_status_2(flags, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench_gpu.py", *flags])
+    with pytest.raises(SystemExit) as caught:
+        bench_gpu.main()
+    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_plans_shares_are_those_of_the_real_arrays():
+    config = GPTConfig(n_layer=2, n_embd=256, n_head=4, vocab_size=512, remat=True)
+    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(init_params, config), jax.random.key(0))))
+    for sizes in {"data": 1, "fsdp": 8, "tensor": 1}, {"data": 4, "fsdp": 2, "tensor": 1}:
+        found = plan.plan(config, sizes, plan.ACCELERATORS["H100"], 1, 8 * 1024, 0.5)
+        state = found["memory"]["parameters, gradients, optimizer"]
+        assert state == pytest.approx(16 * count / sizes["fsdp"], rel=0.03)  # norms and biases are whole everywhere
+        assert found["devices"] == 8 and found["tokens"] == 8192 and found["micro_batches"] == 1
+        part = 1 / sizes["fsdp"]
+        assert found["slices"] == pytest.approx(3 * 4 * count * (1 - part))
+        assert found["sums"] == pytest.approx(2 * 4 * count * part * (1 - 1 / sizes["data"]))
+        low, high = found["tokens_per_s"]
+        assert 0 < low < high
+
+
+@pytest.mark.parametrize("flag", ["--mesh=tensor:8", "--mesh=fsdp:7", "--rows=0", "--utilisation=2", "--mesh=x:2"])
+def test_mistakes_in_planning_end_in_one_line_and_status_2(flag, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan.py", flag])
+    with pytest.raises(SystemExit) as caught:
+        plan.main()
+    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_mesh_of_64_slices_what_it_should():
+    mesh = AbstractMesh((8, 8, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
+    params = meshes.shapes_on(mesh, partial(init_params, GPTConfig()), jax.random.key(0))
+    assert params["wte"].sharding.shard_shape(params["wte"].shape) == (50257, 96)
