@@ -19,7 +19,6 @@ from .weights import KINDS, Quantized, digest, share, storage, weight_of
 FORMAT = "tripy_cpu 2"
 VIEWS = ("reshape.Reshape", "broadcast.Broadcast", "permute.Permute")
 ERRORS = (RuntimeError, IndexError, ValueError)
-ERRORS_OF_FILES = (KeyError, TypeError, AttributeError, safetensors.SafetensorError, *ERRORS)
 
 
 @dataclass
@@ -67,6 +66,9 @@ class Program:
                 function = node
             self.steps.insert(0, (function, names, node.outputs, {*names, *node.outputs} - needed))  # no longer needed
             needed.update(names)
+        made = {*self.fixed, *(info.name for info in inputs), *(name for node in nodes for name in node.outputs)}
+        if missing := needed - made:
+            raise ValueError(f"nothing gives {', '.join(missing)}")
 
     # what nvtripy's Executable asks for
 
@@ -102,13 +104,8 @@ class Program:
             inputs, nodes = [Input(**i) for i in parts["inputs"]], [Node(**n) for n in parts["nodes"]]
             held = parts["constants"].items()
             constants = {name: KINDS[kind](*(tensors[key] for key in keys)) for name, (kind, keys) in held}
-            known = {*constants, *(i.name for i in inputs), *(name for node in nodes for name in node.outputs)}
-            if not known.issuperset(
-                name for part in (*(n.inputs for n in nodes), dict(parts["outputs"])) for name in part
-            ):
-                raise ValueError("it uses values that it does not have")
             return cls(inputs, nodes, parts["outputs"], constants)
-        except ERRORS_OF_FILES as error:
+        except (KeyError, TypeError, AttributeError, safetensors.SafetensorError, *ERRORS) as error:
             raise_error(f"This is no executable for the CPU: {error}")
 
     def __call__(self, memrefs):
