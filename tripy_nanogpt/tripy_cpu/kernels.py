@@ -77,7 +77,7 @@ def linspace(op, shape, start, step):
 
 
 def slice_(op, x, start, size, stride, fill=None, mode="default"):
-    inside, views = torch.tensor(True), []
+    inside, views = None, []
     for dim, (first, count, step) in enumerate(zip(start, size, stride, strict=True)):
         limit, last = x.shape[dim], first + (count - 1) * step
         if count and step > 0 and first >= 0 and last < limit:
@@ -89,12 +89,13 @@ def slice_(op, x, start, size, stride, fill=None, mode="default"):
             index = index.remainder(period)
             index = torch.where(index >= limit, period - index, index)
         elif mode == "fill":
-            inside = inside & along((index >= 0) & (index < limit), dim, x.ndim)
+            here = along((index >= 0) & (index < limit), dim, x.ndim)
+            inside = here if inside is None else inside & here
             index = index.clamp(0, max(limit - 1, 0))
         x = x.index_select(dim, index)
         views.append(slice(None))
     x = x[tuple(views)]
-    return torch.where(inside, x, 0 if fill is None else fill).to(x.dtype) if inside.ndim else x
+    return x if inside is None else torch.where(inside, x, 0 if fill is None else fill).to(x.dtype)
 
 
 def spread(scale, x, dim):
