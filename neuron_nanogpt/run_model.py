@@ -353,7 +353,8 @@ def main():
         save_dump(args.dump, prompt, texts[0], kept)
 
 
-if __name__ == "__main__":
+def run_script(main):
+    """How a script of this folder ends: well, or in one line that says why not."""
     try:
         with torch.inference_mode():
             main()
@@ -364,3 +365,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -4,7 +4,6 @@ python sample.py --prompt "To be, or not to be" --temperature 0
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import weight_loader
 from neuron_nanogpt.model import count_params
-from neuron_nanogpt.run_model import DTYPES, fail
+from neuron_nanogpt.run_model import DTYPES, fail, run_script
 from shared.sampling import Sampler
 from shared.tokenizer import Stream, find_model, load_tokenizer
 
@@ -71,13 +70,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        with torch.inference_mode():
-            main()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:  # found late: a token that the tokenizer lacks, logits that are no numbers
-        fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    run_script(main)

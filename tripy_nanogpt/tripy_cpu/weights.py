@@ -79,9 +79,11 @@ class Quantized:
         self.block = self.shape[0] // scale.shape[0]
         self.meta = torch.empty(self.shape, dtype=scale.dtype, device="meta")  # what views of it are taken of
         self.fast = BFLOAT16 and (self.is_int8 or (self.block in (32, 64, 128, 256) and self.shape[1] % 64 == 0))
-        self.scales = self.scale.flatten().bfloat16() if self.is_int8 else int4_scales(scale)  # of the fast product
-        if self.fast and not self.is_int8:  # torch's layout, in place of ours
+        self.repacked = self.fast and not self.is_int8  # in torch's layout, in place of ours
+        if self.repacked:
             self.q = share(q, pack_int4)
+        if self.fast:
+            self.scales = scale.flatten().bfloat16() if self.is_int8 else int4_scales(scale)
 
     @classmethod
     def of(cls, op, q, scale):
@@ -107,7 +109,7 @@ class Quantized:
 
     def tensors(self):
         q = self.q
-        if self.fast and not self.is_int8:
+        if self.repacked:
             eye = torch.eye(self.shape[0], dtype=torch.bfloat16)  # the product with one gives the integers back
             ones = int4_scales(torch.ones(len(eye) // 32, self.shape[1]))
             q = as_int4(torch._weight_int4pack_mm_for_cpu(eye, q, 32, ones).to(torch.int8))
