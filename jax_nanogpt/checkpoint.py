@@ -104,15 +104,22 @@ class Checkpoints:
 
     def put_aside(self, step, error):
         """A damaged step goes where no one takes it for a good one; to one that only reads it is an error."""
-        text = f"iteration {step} in {self.out_dir} is damaged ({str(error).splitlines()[0]:.120})"
         if not self.writable:
-            raise ValueError(f"{text}; train.py --init_from=resume puts it aside and goes on from the one before")
+            raise self.unreadable(step, error)
         if leads():
-            print(f"{text}: it is put aside as checkpoints.damaged/{step}", file=sys.stderr)
+            print(f"{self.told(step, error)}: it is put aside as checkpoints.damaged/{step}", file=sys.stderr)
             aside = self.folder.with_name("checkpoints.damaged") / str(step)
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(aside)
+
+    def told(self, step, error):
+        return f"iteration {step} in {self.out_dir} is damaged ({str(error).splitlines()[0]:.120})"
+
+    def unreadable(self, step, error):
+        return ValueError(
+            f"{self.told(step, error)}; train.py --init_from=resume puts it aside and goes on from the one before"
+        )
 
     def save(self, step, params, opt_state, about, val_loss):
         items = ocp.args.Composite(
@@ -163,7 +170,7 @@ class Checkpoints:
             params = self.manager.restore(step, args=items)["params"]
             config = GPTConfig(**{**self.about(step)["model"], "dtype": dtype})
         except Exception as error:
-            self.put_aside(step, error)
+            raise self.unreadable(step, error) from error
         return config, jax.tree.map(lambda p: jnp.asarray(np.asarray(p), dtype), params)
 
     def restore(self, like, step):
