@@ -40,12 +40,13 @@ def test_a_second_run_loads_the_same_and_reads_no_weights(tiny, kept, monkeypatc
 
 def test_an_executable_that_was_changed_is_not_loaded(tiny, kept, capsys):
     folder, logits = kept
-    (path,) = folder.glob("*/prefill.json")
+    (path,) = folder.glob("*/prefill.executable")
     whole = path.read_bytes()
     path.write_bytes(whole[:-20] + b"0" + whole[-19:])
     again = fresh(tiny, folder)
     np.testing.assert_allclose(run(again), logits, atol=1e-5)
-    assert again.compiled == ["prefill"] and "prefill.json is not what prefill.sha256 says" in capsys.readouterr().err
+    assert again.compiled == ["prefill"]
+    assert "prefill.executable is not what prefill.sha256 says" in capsys.readouterr().err
     assert files.sha256(path) == path.with_suffix(".sha256").read_text().strip()
 
 
