@@ -480,7 +480,7 @@ def test_saved_programs_hold_data_only(tmp_path):
     cached(tmp_path / "a.executable")
     data = (tmp_path / "a.executable").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert header["__metadata__"]["format"] == "tripy_cpu 3"
+    assert json.loads(header["__metadata__"]["tripy_cpu"])["format"] == "tripy_cpu 3"
     assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F32", "I8", "I32", "BOOL"}
 
 

@@ -133,19 +133,19 @@ def save(executable, path):
         constants[name] = [type(value).__name__, keys]
     about = {
         "format": FORMAT,
-        "program": json.dumps([program.inputs, program.nodes, program.outputs, constants]),
+        "program": [program.inputs, program.nodes, program.outputs, constants],
         "executable": to_json({name.lstrip("_"): getattr(executable, name) for name in ATTRIBUTES}),
     }
-    save_file(safetensors.torch.save(tensors, about), path)
+    save_file(safetensors.torch.save(tensors, {"tripy_cpu": json.dumps(about)}), path)
 
 
 def load(path):
     data = load_file(path)
     try:
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["tripy_cpu"])
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']}, not {FORMAT}")
-        inputs, nodes, outputs, held = json.loads(about["program"])
+        inputs, nodes, outputs, held = about["program"]
         tensors = safetensors.torch.load(data)
         constants = {name: KINDS[kind](*(tensors[key] for key in keys)) for name, (kind, keys) in held.items()}
         program = Program(inputs, [Node(*n) for n in nodes], outputs, constants)
@@ -190,7 +190,7 @@ def as_node(op):
     name = f"{type(op).__module__.rpartition('.')[2]}.{type(op).__name__}"
     if name not in KERNELS:
         raise NotImplementedError("the CPU has no kernel for this operation")
-    own = {field.name for field in fields(op)} - {field.name for field in fields(TraceOp)}
+    own = sorted({field.name for field in fields(op)} - {field.name for field in fields(TraceOp)})
     attrs = json.loads(json.dumps({key: getattr(op, key) for key in own}, default=as_json))  # as if they were saved
     if name == "dequantize.Dequantize":
         attrs["stored"] = op.inputs[0].dtype.name
