@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,30 @@ from shared.tokenizer import find_model, load_tokenizer
 
 
 def fail(message):
-    print(message, file=sys.stderr)
+    """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
+    print("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message)), file=sys.stderr)
     sys.exit(2)
 
 
-def parse_arguments():
+def script(run):
+    """run(argv) as a script's main(argv=None), which ends well, or in one line that says why not."""
+
+    @wraps(run)
+    def main(argv=None):
+        try:
+            return run(argv)
+        except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError) as error:
+            fail(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return main
+
+
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
@@ -53,7 +72,7 @@ def parse_arguments():
     add("--ctx-len", type=int, help="slots of the cache (default: 128, or more where the text needs them)")
     add("--mxfp6-matmul", action="store_true", help="weights in MXFP6, on the card")
     add("--verify", action="store_true", help="compare the logits here, in --dtype, with the CPU's in float32; no text")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check(args, device):
@@ -120,11 +139,12 @@ def save(arrays, path):
         np.savez(file, **arrays)
 
 
-def main():
-    args = parse_arguments()
+@script
+def main(argv=None):
+    args = parse_arguments(argv)
     args.prompt = args.prompt or ["Hi there!!"]
+    device, why = backend.choose_device(args.device)
     try:
-        device, why = backend.choose_device(args.device)
         check(args, device)
         found = find_model(args.model)
         config, tokenizer = weight_loader.read_config(found.folder), load_tokenizer(found.folder)
@@ -142,10 +162,6 @@ def main():
             verify(model, exact, device, prompts, args.dtype)
         print(f"\n{args.prompt[0]}", end="", flush=True)
         info = generate(model, args, device, found.folder, tokenizer, ctx_len - longest)
-    except BrokenPipeError:  # an OSError, and nobody's mistake
-        raise
-    except (ValueError, OSError) as error:
-        fail(error)
     except (RuntimeError, ImportError) as error:
         if device == "cpu":
             raise
@@ -159,10 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("interrupted: what was being written is gone, what was finished stays", file=sys.stderr)
-        sys.exit(130)
+    main()
