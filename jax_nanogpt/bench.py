@@ -9,7 +9,9 @@ cache, as a second start would, and the process's peak memory meanwhile. The las
 
 import argparse
 import json
+import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -19,6 +21,9 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import jax
 import numpy as np

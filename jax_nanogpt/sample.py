@@ -5,9 +5,14 @@ python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_sa
 """
 
 import argparse
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import jax
 import numpy as np
@@ -95,7 +100,7 @@ def main(argv=None):
     prompt = tokenizer.encode(start)
     if not prompt and tokenizer.eot is None:
         raise ValueError("start is empty, and a model of characters has no <|endoftext|>: give it a character")
-    print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}")
+    print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}", flush=True)
 
     prompt = prompt or [tokenizer.eot]
     if args.verify:

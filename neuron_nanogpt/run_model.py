@@ -10,11 +10,15 @@ again by the next run.
 import argparse
 import io
 import os
+import signal
 import statistics
 import sys
 import time
 from functools import wraps
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import numpy as np
 import torch
@@ -215,6 +219,9 @@ def script(run):
 
     @wraps(run)
     def main(argv=None):
+        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with torch.inference_mode():
                 return run(argv)
@@ -225,6 +232,9 @@ def script(run):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        finally:
+            if alone:  # all is done, but for Python's own end, which an exception would only disturb
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     return main
 

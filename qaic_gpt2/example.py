@@ -7,10 +7,14 @@ python example.py --dtype int8 --temperature 0.8 --top-k 50 --seed 1
 
 import argparse
 import os
+import signal
 import sys
 import time
 from functools import partial, wraps
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import numpy as np
 import torch
@@ -33,6 +37,9 @@ def script(run):
 
     @wraps(run)
     def main(argv=None):
+        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return run(argv)
         except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
@@ -42,6 +49,9 @@ def script(run):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        finally:
+            if alone:  # all is done, but for Python's own end, which an exception would only disturb
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     return main
 

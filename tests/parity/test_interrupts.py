@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, and two runs at once in one folder: one line, nothing half-written, and the next run goes on."""
+"""Ctrl-C at any moment, two runs at once in one folder: one line, nothing half-written, and the next run goes on."""
 
 import random
 import time
