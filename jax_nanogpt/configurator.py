@@ -36,7 +36,7 @@ def script(run):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             if alone:
-                os._exit(130)  # Python's own end would crash under the threads in which XLA may still work
+                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
             sys.exit(130)
         finally:
             if alone:  # all is done, but for Python's own end, which an exception would only disturb

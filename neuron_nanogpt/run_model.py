@@ -230,7 +230,9 @@ def script(run):
         except (ValueError, OSError) as error:
             fail(error)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("interrupted", file=sys.stderr, flush=True)
+            if alone:
+                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
             sys.exit(130)
         finally:
             if alone:  # all is done, but for Python's own end, which an exception would only disturb
