@@ -9,7 +9,9 @@ cache, as a second start would, and the process's peak memory meanwhile. The las
 
 import argparse
 import json
+import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -20,13 +22,16 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
-from jax_nanogpt.configurator import configure, fail
+from jax_nanogpt.configurator import configure, fail, script
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.model import GPT, GPTConfig, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
@@ -198,22 +203,17 @@ def write_random(name, folder):
 
 
 def measure(args, scratch):
-    try:
-        if args.new_tokens < 2:
-            raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
-        device = choose_devices(args.device)[0]
-        if args.random:
-            name, folder = f"{args.random}-random", scratch / "model"
-            write_random(args.random, folder)
-        else:
-            name, folder, _ = find_model(args.model)
-        config, params = weight_loader.load(folder)
-        if args.new_tokens > config.block_size - 16:
-            raise ValueError(
-                f"--new-tokens is {args.new_tokens}, at most {config.block_size - 16} fit behind 16 tokens"
-            )
-    except ValueError as error:
-        fail(error)
+    if args.new_tokens < 2:
+        raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
+    device = choose_devices(args.device)[0]
+    if args.random:
+        name, folder = f"{args.random}-random", scratch / "model"
+        write_random(args.random, folder)
+    else:
+        name, folder, _ = find_model(args.model)
+    config, params = weight_loader.load(folder)
+    if args.new_tokens > config.block_size - 16:
+        raise ValueError(f"--new-tokens is {args.new_tokens}, at most {config.block_size - 16} fit behind 16 tokens")
     jax.config.update("jax_compilation_cache_dir", str(scratch / "compiled"))  # an empty one, to compile from nothing
     compilation_cache.reset_cache()
     report = Report(device)
@@ -222,7 +222,8 @@ def measure(args, scratch):
     return report.results
 
 
-def main():
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     which = parser.add_mutually_exclusive_group()
@@ -230,7 +231,7 @@ def main():
     which.add_argument("--random", choices=SHAPES, help="that shape, with random weights")
     parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         results = measure(args, Path(scratch))
     print(json.dumps({"project": "jax_nanogpt", "results": results}))

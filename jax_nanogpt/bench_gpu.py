@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt.bench import SHAPES, make_text, seconds
-from jax_nanogpt.configurator import fail
+from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
@@ -116,7 +116,8 @@ def compare(work, config, batch, tokens, ours, peer, theirs):
     return row, line
 
 
-def main():
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
@@ -127,16 +128,13 @@ def main():
     add("--new-tokens", type=int, default=256, help="to sample (default: %(default)s)")
     add("--peak", type=float, metavar="TFLOPS", help="of the device in bfloat16 (default: by its name, if it is known)")
     add("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
-    args = parser.parse_args()
-    try:
-        for name in "batch", "block_size", "iters", "new_tokens":
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} is {getattr(args, name)}, 1 or more is expected")
-        if args.new_tokens >= args.block_size:
-            raise ValueError(f"--new-tokens is {args.new_tokens}, below --block_size ({args.block_size}) is expected")
-        device = choose_devices(args.device)[0]
-    except ValueError as error:
-        fail(error)
+    args = parser.parse_args(argv)
+    for name in "batch", "block_size", "iters", "new_tokens":
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, 1 or more is expected")
+    if args.new_tokens >= args.block_size:
+        raise ValueError(f"--new-tokens is {args.new_tokens}, below --block_size ({args.block_size}) is expected")
+    device = choose_devices(args.device)[0]
     peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device.device_kind), None)
     layers, heads, width = (SHAPES | TINY)[args.shape]
     shape = {"block_size": args.block_size, "n_layer": layers, "n_head": heads, "n_embd": width}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import model
 from jax_nanogpt.bench import seconds, shakespeare
-from jax_nanogpt.configurator import fail
+from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.dropout import Dropout
 from jax_nanogpt.files import write_beside
@@ -78,16 +78,14 @@ def draw(times, peers, path):
     write_beside(path, lambda part: figure.savefig(part, format="png", dpi=110, metadata={"Software": None}))
 
 
-def main():
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--to", type=Path, metavar="FILE.png", help="draw the chart (default: only the table)")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
-    args = parser.parse_args()
-    try:
-        devices = choose_devices(args.device)
-    except ValueError as error:
-        fail(error)
+    args = parser.parse_args(argv)
+    devices = choose_devices(args.device)
     settings, config, examples = shakespeare()
     half, plain = replace(config, dtype="bfloat16"), replace(config, fast=False)
     print(describe(devices[:1]), flush=True)

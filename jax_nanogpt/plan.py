@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import mesh as meshes
 from jax_nanogpt.bench import SHAPES
-from jax_nanogpt.configurator import fail
+from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.model import GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.train import Config
@@ -106,7 +106,8 @@ def show(text, found, accelerator):
     print(f"  tokens a second     {low:,.0f} (no communication hidden) to {high:,.0f} (all of it)")
 
 
-def main():
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
@@ -117,21 +118,18 @@ def main():
     add("--tokens", type=int, default=2**19, help="of an iteration, at least (default: %(default)s)")
     add("--utilisation", type=float, default=0.5, help="of the peak while it computes (default: %(default)s)")
     add("--no-remat", action="store_true", help="keep all activations")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     accelerator, (layers, heads, width) = ACCELERATORS[args.accelerator], SHAPES[args.shape]
     config = GPTConfig(n_layer=layers, n_head=heads, n_embd=width, dtype="bfloat16", remat=not args.no_remat)
-    try:
-        for name in "rows", "tokens":
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} is {getattr(args, name)}, 1 or more is expected")
-        if not 0 < args.utilisation <= 1:
-            raise ValueError(f"--utilisation is {args.utilisation}, above 0 and at most 1 is expected")
-        meshes_asked = {text: meshes.parse(text) for text in args.mesh or ("fsdp:8", "data:8,fsdp:8", "fsdp:64")}
-        for text, sizes in meshes_asked.items():
-            if sizes["tensor"] > 1 or width % sizes["fsdp"]:
-                raise ValueError(f"--mesh is {text}; tensor is not planned for, and fsdp must divide {width}")
-    except ValueError as error:
-        fail(error)
+    for name in "rows", "tokens":
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, 1 or more is expected")
+    if not 0 < args.utilisation <= 1:
+        raise ValueError(f"--utilisation is {args.utilisation}, above 0 and at most 1 is expected")
+    meshes_asked = {text: meshes.parse(text) for text in args.mesh or ("fsdp:8", "data:8,fsdp:8", "fsdp:64")}
+    for text, sizes in meshes_asked.items():
+        if sizes["tensor"] > 1 or width % sizes["fsdp"]:
+            raise ValueError(f"--mesh is {text}; tensor is not planned for, and fsdp must divide {width}")
     about = f"activations {'made again (remat)' if config.remat else 'kept'}"
     print(
         f"{args.shape}, bfloat16, {about}, {args.accelerator}: {accelerator.tflops:g} TFLOP/s at {args.utilisation:.0%}"

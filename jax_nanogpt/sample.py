@@ -6,9 +6,13 @@ python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_sa
 
 import argparse
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import jax
 import numpy as np
@@ -16,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
-from jax_nanogpt.configurator import fail
+from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.files import write_beside
 from jax_nanogpt.model import GPT, count_params
@@ -25,7 +29,7 @@ from shared.sampling import check_sampling
 from shared.tokenizer import Stream, find_model, load_tokenizer
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
@@ -45,7 +49,7 @@ def parse_arguments():
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first sample")
     add("--ignore_eos", action="store_true", help="go on after <|endoftext|>")
     add("--verify", action="store_true", help="compare the logits here, in --dtype, with the CPU's in float32; no text")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def load_model(init_from, out_dir, dtype):
@@ -81,24 +85,22 @@ def save(arrays, path):
         np.savez(file, **arrays)
 
 
-def main():
-    args = parse_arguments()
-    try:
-        check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
-        if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
-            raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
-        devices = choose_devices(args.device)
-        start = Path(args.start[5:]).read_text(encoding="utf-8") if args.start.startswith("FILE:") else args.start
-        name, why, config, params, tokenizer = load_model(args.init_from, args.out_dir, args.dtype)
-        prompt = tokenizer.encode(start)
-        if not prompt and tokenizer.eot is None:
-            raise ValueError("start is empty, and a model of characters has no <|endoftext|>: give it a character")
-    except (ValueError, OSError) as error:
-        fail(error)
-    print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}")
+@script
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
+    if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
+        raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
+    devices = choose_devices(args.device)
+    start = Path(args.start[5:]).read_text(encoding="utf-8") if args.start.startswith("FILE:") else args.start
+    name, why, config, params, tokenizer = load_model(args.init_from, args.out_dir, args.dtype)
+    prompt = tokenizer.encode(start)
+    if not prompt and tokenizer.eot is None:
+        raise ValueError("start is empty, and a model of characters has no <|endoftext|>: give it a character")
+    print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}", flush=True)
 
     prompt = prompt or [tokenizer.eot]
     if args.verify:
@@ -130,12 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:  # found late: a token that the tokenizer lacks, logits that are no numbers
-        fail(error)
+    main()

@@ -17,6 +17,9 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -31,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import mesh as meshes
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints, last_good
-from jax_nanogpt.configurator import configure, fail
+from jax_nanogpt.configurator import configure, script
 from jax_nanogpt.device import choose_devices, describe, join, leads
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
 from jax_nanogpt.mesh import BATCH, from_each, highest, lay_out, make_mesh, make_on, shapes_on, split, split_state
@@ -466,26 +469,24 @@ def train(config, splits, mesh, model_config, optimizer, state, checkpoints, tok
         return 130 if stopped[0] == signal.SIGINT else 0
 
 
-def run():
-    try:
-        config = configure(Config(), sys.argv[1:], HERE)
-        config.check()
-        if config.coordinator:
-            join(config.coordinator, config.num_processes, config.process_id)
-        devices = choose_devices(config.device)
-        dataset = find_dataset(config.dataset)
-        model_config, source, tokenizer_folder = first_model(config, dataset)
-        mesh = make_mesh(config.mesh, devices, config.batch_size, model_config)
-        config = replace(config, block_size=model_config.block_size)
-        splits = {split: open_split(dataset, split, model_config) for split in ("train", "val")}
-        optimizer = make_optimizer(config)
-        state = first_state(config, mesh, model_config, source, optimizer)
-        if not config.eval_only:
+def run(argv):
+    config = configure(Config(), argv, HERE)
+    config.check()
+    if config.coordinator:
+        join(config.coordinator, config.num_processes, config.process_id)
+    devices = choose_devices(config.device)
+    dataset = find_dataset(config.dataset)
+    model_config, source, tokenizer_folder = first_model(config, dataset)
+    mesh = make_mesh(config.mesh, devices, config.batch_size, model_config)
+    config = replace(config, block_size=model_config.block_size)
+    splits = {split: open_split(dataset, split, model_config) for split in ("train", "val")}
+    optimizer = make_optimizer(config)
+    state = first_state(config, mesh, model_config, source, optimizer)
+    if not config.eval_only:
+        try:
             Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        fail(f"out_dir is {config.out_dir}, a folder is expected")
-    except (ValueError, OSError) as error:
-        fail(error)
+        except FileExistsError:
+            raise ValueError(f"out_dir is {config.out_dir}, a folder is expected") from None
     checkpoints = source if isinstance(source, Checkpoints) else None
     one_device = nullcontext()  # its program is the one without a mesh
     try:
@@ -495,14 +496,16 @@ def run():
         give_up(f"{config.out_dir} cannot be written: {error}; {last_good(config.out_dir)}")
 
 
-def main():
-    if "--help" in sys.argv or "-h" in sys.argv:
+@script
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
         print(__doc__)
         for field in fields(Config):
             print(f"  --{field.name}={field.default}")
         return 0
     try:
-        status = run()
+        status = run(argv)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

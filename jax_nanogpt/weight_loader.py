@@ -21,7 +21,7 @@ from safetensors.numpy import save as serialize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt.checkpoint import Checkpoints
-from jax_nanogpt.configurator import fail
+from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
 from jax_nanogpt.model import GPTConfig
 from shared.tokenizer import END_OF_TEXT, byte_of_character, load_tokenizer
@@ -196,20 +196,18 @@ def write_vocabulary(folder, tokenizer):
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
 
 
-def main():
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--out_dir", required=True, help="where train.py wrote; its best checkpoint is taken")
     parser.add_argument("--to", required=True, help="the folder to write, in Hugging Face's format")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
-    args = parser.parse_args()
-    try:
-        checkpoints = Checkpoints(args.out_dir)
-        config, params = checkpoints.restore_model(checkpoints.best())
-        eot = load_tokenizer(args.out_dir).eot
-        save(args.to, config, params, args.out_dir, eot, args.dtype)
-    except (ValueError, OSError) as error:
-        fail(error)
+    args = parser.parse_args(argv)
+    checkpoints = Checkpoints(args.out_dir)
+    config, params = checkpoints.restore_model(checkpoints.best())
+    eot = load_tokenizer(args.out_dir).eot
+    save(args.to, config, params, args.out_dir, eot, args.dtype)
     print(f"{args.to}: iteration {checkpoints.best()}, {args.dtype}")
 
 

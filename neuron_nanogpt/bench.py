@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -27,7 +31,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import compiler, weight_loader
 from neuron_nanogpt.model import GPT, GPTConfig, count_params
-from neuron_nanogpt.run_model import DTYPES, SEQ_LEN, Cached, Window, choose_buckets, fail, generate
+from neuron_nanogpt.run_model import DTYPES, SEQ_LEN, Cached, Window, choose_buckets, fail, generate, script
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 
@@ -204,7 +208,8 @@ def forget(runner):
     runner.cached = []
 
 
-def main():
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     which = parser.add_mutually_exclusive_group()
@@ -213,22 +218,19 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "neuron"], help="(default: %(default)s)")
     parser.add_argument("--target", default="trn1", choices=compiler.TARGETS, help="(default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            if args.new_tokens < 2:
-                raise ValueError(f"new_tokens is {args.new_tokens}, 2 or more is expected")
-            engine = compiler.choose(args.device, args.target, [])
-            if args.random:
-                name, folder = f"{args.random}-random", Path(scratch)
-                write_random(args.random, folder)
-            else:
-                name, folder, _ = find_model(args.model)
-            most = weight_loader.read_config(folder).block_size - PROMPT
-            if args.new_tokens > most:
-                raise ValueError(f"new_tokens is {args.new_tokens}, at most {most} fit behind {PROMPT} tokens")
-        except (ValueError, OSError) as error:
-            fail(error)
+        if args.new_tokens < 2:
+            raise ValueError(f"new_tokens is {args.new_tokens}, 2 or more is expected")
+        engine = compiler.choose(args.device, args.target, [])
+        if args.random:
+            name, folder = f"{args.random}-random", Path(scratch)
+            write_random(args.random, folder)
+        else:
+            name, folder, _ = find_model(args.model)
+        most = weight_loader.read_config(folder).block_size - PROMPT
+        if args.new_tokens > most:
+            raise ValueError(f"new_tokens is {args.new_tokens}, at most {most} fit behind {PROMPT} tokens")
         folder = folder.resolve()
         os.chdir(scratch)
         report = Report(engine, name)
@@ -237,5 +239,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

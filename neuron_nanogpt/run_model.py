@@ -10,10 +10,15 @@ again by the next run.
 import argparse
 import io
 import os
+import signal
 import statistics
 import sys
 import time
+from functools import wraps
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import numpy as np
 import torch
@@ -204,11 +209,39 @@ class Eager:
 
 
 def fail(message):
-    print(message, file=sys.stderr)
+    """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
+    print("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message)), file=sys.stderr)
     sys.exit(2)
 
 
-def parse_arguments():
+def script(run):
+    """run(argv) as a script's main(argv=None), which ends well, or in one line that says why not."""
+
+    @wraps(run)
+    def main(argv=None):
+        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with torch.inference_mode():
+                return run(argv)
+        except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError) as error:
+            fail(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            if alone:
+                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
+            sys.exit(130)
+        finally:
+            if alone:  # all is done, but for Python's own end, which an exception would only disturb
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    return main
+
+
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
@@ -238,7 +271,7 @@ def parse_arguments():
     add("--verify", action="store_true", help="compare with the CPU's float32 and stop: status 1 if too far apart")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
     add("--ignore-eos", action="store_true", help="go on after <|endoftext|>")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check(args):
@@ -295,35 +328,29 @@ def save_dump(path, prompt, tokens, rows):
     compiler.write_files({path: file.getvalue()})
 
 
-def main():
-    args = parse_arguments()
-    try:
-        check(args)
-        engine = compiler.choose(args.device, args.target, args.compiler_args.split())
-        if args.cores > 1 and engine.name != "neuron":
-            raise ValueError(f"cores is {args.cores}, 1 is expected on the {engine.name}")
-        found = find_model(args.model)
-        tokenizer = load_tokenizer(found.folder)
-        gpt = weight_loader.load(found.folder)
-        facts = {"model": found.name, "weights": weight_loader.fingerprint(found.folder), "dtype": args.dtype}
-        choose_buckets(args.buckets, gpt.config.block_size)
-        width = choose_width(args.seq_len, gpt.config.block_size)
-        prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
-        if prompt[0] is None:
-            raise ValueError("prompt is empty, and a model of characters has no <|endoftext|>: give it a character")
-        why = "" if args.model else f"; {found.why}"
-        print(
-            f"{found.name} ({count_params(gpt.config) / 1e6:.1f}M parameters) on {engine.describe()}{why}", flush=True
-        )
-        limit = width if args.window else gpt.config.block_size
-        eager = Eager(gpt, prompt, limit, args.window, args.batch)
-        gpt = engine.prepare(gpt.to(DTYPES[args.dtype]))
-        runner = make_runner(args, engine, gpt, facts)
-        near = eager.compare(runner, args.dtype)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        fail(error)
+@script
+def main(argv=None):
+    args = parse_arguments(argv)
+    check(args)
+    engine = compiler.choose(args.device, args.target, args.compiler_args.split())
+    if args.cores > 1 and engine.name != "neuron":
+        raise ValueError(f"cores is {args.cores}, 1 is expected on the {engine.name}")
+    found = find_model(args.model)
+    tokenizer = load_tokenizer(found.folder)
+    gpt = weight_loader.load(found.folder)
+    facts = {"model": found.name, "weights": weight_loader.fingerprint(found.folder), "dtype": args.dtype}
+    choose_buckets(args.buckets, gpt.config.block_size)
+    width = choose_width(args.seq_len, gpt.config.block_size)
+    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
+    if prompt[0] is None:
+        raise ValueError("prompt is empty, and a model of characters has no <|endoftext|>: give it a character")
+    why = "" if args.model else f"; {found.why}"
+    print(f"{found.name} ({count_params(gpt.config) / 1e6:.1f}M parameters) on {engine.describe()}{why}", flush=True)
+    limit = width if args.window else gpt.config.block_size
+    eager = Eager(gpt, prompt, limit, args.window, args.batch)
+    gpt = engine.prepare(gpt.to(DTYPES[args.dtype]))
+    runner = make_runner(args, engine, gpt, facts)
+    near = eager.compare(runner, args.dtype)
     if args.verify:
         sys.exit(int(not near))
 
@@ -353,19 +380,5 @@ def main():
         save_dump(args.dump, prompt, texts[0], kept)
 
 
-def run_script(main):
-    """How a script of this folder ends: well, or in one line that says why not."""
-    try:
-        with torch.inference_mode():
-            main()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:  # found late: a token that the tokenizer lacks, logits that are no numbers
-        fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -4,20 +4,25 @@ python sample.py --prompt "To be, or not to be" --temperature 0
 """
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import weight_loader
 from neuron_nanogpt.model import count_params
-from neuron_nanogpt.run_model import DTYPES, fail, run_script
+from neuron_nanogpt.run_model import DTYPES, fail, script
 from shared.sampling import Sampler
 from shared.tokenizer import Stream, find_model, load_tokenizer
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
@@ -31,26 +36,24 @@ def parse_arguments():
     add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
     add("--ignore-eos", action="store_true", help="go on after <|endoftext|>")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main():
-    args = parse_arguments()
-    try:
-        sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
-        if args.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {args.max_new_tokens}, 1 or more is expected")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but PyTorch finds none")
-        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-        found = find_model(args.model)
-        tokenizer = load_tokenizer(found.folder)
-        gpt = weight_loader.load(found.folder, DTYPES[args.dtype]).to(device)
-        ids = tokenizer.encode(args.prompt) or [tokenizer.eot]
-        if ids[0] is None:
-            raise ValueError("prompt is empty, and a model of characters has no <|endoftext|>: give it a character")
-    except (ValueError, OSError) as error:
-        fail(error)
+@script
+def main(argv=None):
+    args = parse_arguments(argv)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {args.max_new_tokens}, 1 or more is expected")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds none")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    found = find_model(args.model)
+    tokenizer = load_tokenizer(found.folder)
+    gpt = weight_loader.load(found.folder, DTYPES[args.dtype]).to(device)
+    ids = tokenizer.encode(args.prompt) or [tokenizer.eot]
+    if ids[0] is None:
+        raise ValueError("prompt is empty, and a model of characters has no <|endoftext|>: give it a character")
     why = "" if args.model else f"; {found.why}"
     print(
         f"{found.name} ({count_params(gpt.config) / 1e6:.1f}M parameters) on {device}: torch {torch.__version__}{why}"
@@ -70,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import numpy as np
 import torch
 import transformers
@@ -29,7 +33,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qaic_gpt2 import backend
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
-from qaic_gpt2.example import fail
+from qaic_gpt2.example import fail, script
 from qaic_gpt2.exporter import WEIGHTS
 from qaic_gpt2.generation import generate_batch
 from qaic_gpt2.runtime import ENGINE
@@ -221,23 +225,18 @@ def write_random(name, folder):
 
 
 def measure(args, scratch):
-    try:
-        if args.new_tokens < 2:
-            raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
-        if backend.choose_device(args.device)[0] == "qaic":
-            raise ValueError("device is qaic: a card's figures are those that example.py prints; here, --device=cpu")
-        if args.random:
-            name, folder = f"{args.random}-random", scratch / "random"
-            write_random(args.random, folder)
-        else:
-            name, folder, _ = find_model(args.model)
-        positions = transformers.GPT2Config.from_pretrained(folder).n_positions
-        if args.new_tokens > positions // 2:
-            raise ValueError(
-                f"--new-tokens is {args.new_tokens}, at most half of the {positions} positions are expected"
-            )
-    except ValueError as error:
-        fail(error)
+    if args.new_tokens < 2:
+        raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
+    if backend.choose_device(args.device)[0] == "qaic":
+        raise ValueError("device is qaic: a card's figures are those that example.py prints; here, --device=cpu")
+    if args.random:
+        name, folder = f"{args.random}-random", scratch / "random"
+        write_random(args.random, folder)
+    else:
+        name, folder, _ = find_model(args.model)
+    positions = transformers.GPT2Config.from_pretrained(folder).n_positions
+    if args.new_tokens > positions // 2:
+        raise ValueError(f"--new-tokens is {args.new_tokens}, at most half of the {positions} positions are expected")
     os.environ["QEFF_HOME"] = str(scratch / "artifacts")
     report = Report(name)
     export_s, compile_s, peak_mb = export_in_a_process(Path(folder).resolve())
@@ -251,7 +250,8 @@ def measure(args, scratch):
     }
 
 
-def main():
+@script
+def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,7 +261,7 @@ def main():
     which.add_argument("--random", choices=SHAPES, help="that shape, with random weights")
     parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto or cpu (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         print(json.dumps(measure(args, Path(scratch))))
 

@@ -7,10 +7,14 @@ python example.py --dtype int8 --temperature 0.8 --top-k 50 --seed 1
 
 import argparse
 import os
+import signal
 import sys
 import time
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import numpy as np
 import torch
@@ -23,11 +27,38 @@ from shared.tokenizer import find_model, load_tokenizer
 
 
 def fail(message):
-    print(message, file=sys.stderr)
+    """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
+    print("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message)), file=sys.stderr)
     sys.exit(2)
 
 
-def parse_arguments():
+def script(run):
+    """run(argv) as a script's main(argv=None), which ends well, or in one line that says why not."""
+
+    @wraps(run)
+    def main(argv=None):
+        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return run(argv)
+        except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError) as error:
+            fail(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            if alone:
+                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
+            sys.exit(130)
+        finally:
+            if alone:  # all is done, but for Python's own end, which an exception would only disturb
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    return main
+
+
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
@@ -53,7 +84,7 @@ def parse_arguments():
     add("--ctx-len", type=int, help="slots of the cache (default: 128, or more where the text needs them)")
     add("--mxfp6-matmul", action="store_true", help="weights in MXFP6, on the card")
     add("--verify", action="store_true", help="compare the logits here, in --dtype, with the CPU's in float32; no text")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check(args, device):
@@ -120,11 +151,12 @@ def save(arrays, path):
         np.savez(file, **arrays)
 
 
-def main():
-    args = parse_arguments()
+@script
+def main(argv=None):
+    args = parse_arguments(argv)
     args.prompt = args.prompt or ["Hi there!!"]
+    device, why = backend.choose_device(args.device)
     try:
-        device, why = backend.choose_device(args.device)
         check(args, device)
         found = find_model(args.model)
         config, tokenizer = weight_loader.read_config(found.folder), load_tokenizer(found.folder)
@@ -142,10 +174,6 @@ def main():
             verify(model, exact, device, prompts, args.dtype)
         print(f"\n{args.prompt[0]}", end="", flush=True)
         info = generate(model, args, device, found.folder, tokenizer, ctx_len - longest)
-    except BrokenPipeError:  # an OSError, and nobody's mistake
-        raise
-    except (ValueError, OSError) as error:
-        fail(error)
     except (RuntimeError, ImportError) as error:
         if device == "cpu":
             raise
@@ -159,10 +187,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("interrupted: what was being written is gone, what was finished stays", file=sys.stderr)
-        sys.exit(130)
+    main()

@@ -8,8 +8,10 @@ The last line of output is one JSON document.
 
 import argparse
 import json
+import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,12 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
-from tripy_nanogpt.example import fail
+from tripy_nanogpt.example import fail, script
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -157,7 +162,8 @@ def load_reference(folder):
     return generate
 
 
-def main():
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     which = parser.add_mutually_exclusive_group()
@@ -166,7 +172,7 @@ def main():
     parser.add_argument("--quant-modes", action="store_true", help="of gpt2's shape, without --model")
     parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or gpu (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="tripy_nanogpt-") as scratch:
         results = measure(args, Path(scratch))
     print(json.dumps({"project": "tripy_nanogpt", "results": results}))
@@ -176,21 +182,18 @@ def measure(args, scratch):
     from tripy_nanogpt.device import choose_device
     from tripy_nanogpt.weight_loader import read_config
 
-    try:
-        if args.new_tokens < 2:
-            raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
-        device = choose_device(args.device)
-        shape = args.random or ("gpt2" if args.quant_modes and not args.model else None)
-        if shape:
-            name, folder = f"{shape}-random", scratch / "model"
-            write_random(shape, folder)
-        else:
-            name, folder, _ = find_model(args.model)
-        room = read_config(folder).block_size - 16
-        if args.new_tokens > room:
-            raise ValueError(f"--new-tokens is {args.new_tokens}, at most {room} fit behind 16 tokens")
-    except (ValueError, ImportError) as error:
-        fail(error)
+    if args.new_tokens < 2:
+        raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
+    device = choose_device(args.device)
+    shape = args.random or ("gpt2" if args.quant_modes and not args.model else None)
+    if shape:
+        name, folder = f"{shape}-random", scratch / "model"
+        write_random(shape, folder)
+    else:
+        name, folder, _ = find_model(args.model)
+    room = read_config(folder).block_size - 16
+    if args.new_tokens > room:
+        raise ValueError(f"--new-tokens is {args.new_tokens}, at most {room} fit behind 16 tokens")
     report = Report(device)
     if args.quant_modes:
         from tripy_nanogpt.bench_quant import bench_quant_modes

@@ -5,9 +5,13 @@ python example.py --input-text "Do people really like using ONNX?" --seed=1
 
 import argparse
 import os
+import signal
 import sys
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: what is imported takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import numpy as np
 
@@ -20,12 +24,38 @@ LIMITS = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def fail(message):
-    """What every user's mistake ends in: one line on stderr, and exit status 2."""
-    print(message, file=sys.stderr)
+    """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
+    print("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message)), file=sys.stderr)
     sys.exit(2)
 
 
-def parse_arguments():
+def script(run):
+    """run(argv) as a script's main(argv=None), which ends well, or in one line that says why not."""
+
+    @wraps(run)
+    def main(argv=None):
+        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return run(argv)
+        except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError, ImportError) as error:
+            fail(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            if alone:
+                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
+            sys.exit(130)
+        finally:
+            if alone:  # all is done, but for Python's own end, which an exception would only disturb
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    return main
+
+
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
@@ -49,7 +79,7 @@ def parse_arguments():
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits")
     add("--ignore-eos", action="store_true", help="go on after <|endoftext|>")
     add("--verify", action="store_true", help="compare the logits with those of transformers in float32; no text")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def verify(engine, dtype, folder, ids):
@@ -81,37 +111,35 @@ def save(path, **arrays):
         np.savez(file, **arrays)
 
 
-def main():
-    args = parse_arguments()
-    try:
-        check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
-        if args.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, 1 or more is expected")
-        if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
-            raise ValueError(f"--dump is {args.dump}, a file in a folder that exists is expected")
-        name, folder, why = find_model(args.model_type)
-        tokenizer = load_tokenizer(folder)
-        prompt = tokenizer.encode(args.input_text) or [tokenizer.eot]
+@script
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, 1 or more is expected")
+    if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
+        raise ValueError(f"--dump is {args.dump}, a file in a folder that exists is expected")
+    name, folder, why = find_model(args.model_type)
+    tokenizer = load_tokenizer(folder)
+    prompt = tokenizer.encode(args.input_text) or [tokenizer.eot]
 
-        # here, for they take two seconds that a mistake above need not wait for
-        from tripy_nanogpt.device import choose_device
-        from tripy_nanogpt.engine import load_engine
-        from tripy_nanogpt.files import write_beside
-        from tripy_nanogpt.quantization import check_mode
-        from tripy_nanogpt.weight_loader import read_config
+    # here, for they take two seconds that a mistake above need not wait for
+    from tripy_nanogpt.device import choose_device
+    from tripy_nanogpt.engine import load_engine
+    from tripy_nanogpt.files import write_beside
+    from tripy_nanogpt.quantization import check_mode
+    from tripy_nanogpt.weight_loader import read_config
 
-        mode = check_mode(args.quant_mode) if args.quant_mode else None
-        device = choose_device(args.device, args.fast)
-        config = read_config(folder, quant_mode=mode)
-        size = config.block_size
-        if len(prompt) > size:
-            raise ValueError(f"--input-text is {len(prompt)} tokens long, at most {size} fit into {name}'s context")
-        what = f"{config.count_parameters() / 1e6:.1f}M parameters, {', '.join(filter(None, (args.dtype, mode)))}"
-        print(f"{name} ({what}) on {device}{'' if args.model_type else f'; {why}'}", flush=True)
-        engine = load_engine(folder, args.dtype, device, mode, args.calibration_data)
-        engine.executable("forward" if args.no_cache else "prefill")
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+    mode = check_mode(args.quant_mode) if args.quant_mode else None
+    device = choose_device(args.device, args.fast)
+    config = read_config(folder, quant_mode=mode)
+    size = config.block_size
+    if len(prompt) > size:
+        raise ValueError(f"--input-text is {len(prompt)} tokens long, at most {size} fit into {name}'s context")
+    what = f"{config.count_parameters() / 1e6:.1f}M parameters, {', '.join(filter(None, (args.dtype, mode)))}"
+    print(f"{name} ({what}) on {device}{'' if args.model_type else f'; {why}'}", flush=True)
+    engine = load_engine(folder, args.dtype, device, mode, args.calibration_data)
+    engine.executable("forward" if args.no_cache else "prefill")
     if engine.calibrated_on:
         print(f"{mode} calibrated on {engine.calibrated_on}", flush=True)
 
@@ -137,12 +165,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:  # found late: a token that the tokenizer lacks, logits that are no numbers
-        fail(error)
+    main()

@@ -22,8 +22,8 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def main():
-    count, *flags = sys.argv[1:] or [""]
+def main(argv=None):
+    count, *flags = (sys.argv[1:] if argv is None else argv) or [""]
     if not (count.isascii() and count.isdigit() and int(count)):
         print(f"the number of processes is {count!r}, 1 or more is expected", file=sys.stderr)
         return 2

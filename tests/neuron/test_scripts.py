@@ -163,7 +163,7 @@ def test_an_interrupt_is_one_line_and_status_130():
                 break
         process.send_signal(2)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "\ninterrupted\n"
+    assert process.returncode == 130 and err == "interrupted\n"
 
 
 def test_the_bench_ends_with_one_json_document(run, monkeypatch):

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt import weight_loader
-from jax_nanogpt.configurator import fail
+from jax_nanogpt.configurator import script
 from jax_nanogpt.data.corpus import arguments, shakespeare
 from jax_nanogpt.model import GPT
 from jax_nanogpt.train import losses
@@ -43,17 +43,15 @@ def bits(config, params, tokenizer, text):
     return float(nats[fresh & inside].astype(np.float64).sum()) / math.log(2)
 
 
-def main():
+@script
+def main(argv=None):
     parser = arguments(__doc__)
     parser.add_argument("--model", default="gpt2-nano", help="gpt2-nano or a folder (default: gpt2-nano)")
-    args = parser.parse_args()
-    try:
-        folder = find_model(args.model).folder
-        config, params = weight_loader.load(folder)
-        tokenizer = load_tokenizer(folder)
-        held = json.loads((find_model("gpt2-nano").folder / "heldout.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        fail(error)
+    args = parser.parse_args(argv)
+    folder = find_model(args.model).folder
+    config, params = weight_loader.load(folder)
+    tokenizer = load_tokenizer(folder)
+    held = json.loads((find_model("gpt2-nano").folder / "heldout.json").read_text(encoding="utf-8"))
     texts = {"Python's help": [topics[name] for name in held["pydoc_data.topics"]["topics"] if name in topics]}
     if args.input or (HERE / "input.txt").exists():
         play = shakespeare(args.input, HERE)

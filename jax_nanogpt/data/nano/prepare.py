@@ -19,6 +19,7 @@ from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from jax_nanogpt.configurator import script
 from jax_nanogpt.data.corpus import (
     SHAKESPEARE_SHA256,
     arguments,
@@ -103,8 +104,9 @@ def cut_at_random(text, ranks, draw):
     return ids
 
 
-if __name__ == "__main__":
-    play = shakespeare(arguments(__doc__).parse_args().input, HERE)
+@script
+def main(argv=None):
+    play = shakespeare(arguments(__doc__).parse_args(argv).input, HERE)
     seen, unseen = play[: int(0.9 * len(play))], play[int(0.9 * len(play)) :]
     unique = pydoc_topics()
     held, tested = hold_out(unique)
@@ -132,3 +134,7 @@ if __name__ == "__main__":
     }
     write_text(HERE / "heldout.json", json.dumps(about, indent=2) + "\n")
     print(f"held out: Shakespeare's last {len(unseen):,} characters and {len(tested)} of {len(topics)} help topics")
+
+
+if __name__ == "__main__":
+    main()

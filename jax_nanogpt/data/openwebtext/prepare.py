@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from jax_nanogpt.configurator import fail
+from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.data.corpus import keep_tokenizer
 from shared.tokenizer import gpt2_bpe
 
@@ -33,11 +33,12 @@ def write(documents, tokenizer, folder):
         os.replace(part, folder / f"{split}.bin")
 
 
-if __name__ == "__main__":
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--documents", type=int, default=DOCUMENTS)
-    count = parser.parse_args().documents
+    count = parser.parse_args(argv).documents
     if count < 2000:
         fail(f"--documents is {count}, 2000 or more are expected: every 2,000th is in val.bin")
     try:
@@ -51,3 +52,7 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         fail(f"OpenWebText cannot be had: {error}")
     keep_tokenizer(HERE, None)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,13 +5,19 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from jax_nanogpt.configurator import fail
+from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.data.corpus import pydoc_topics, write_characters
 
 HERE = Path(__file__).resolve().parent
 
-if __name__ == "__main__":
+
+@script
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.error = fail
-    parser.parse_args()
+    parser.parse_args(argv)
     write_characters(HERE, "\n".join(pydoc_topics().values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,17 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from jax_nanogpt.configurator import script
 from jax_nanogpt.data.corpus import arguments, shakespeare, write_characters
 
 HERE = Path(__file__).resolve().parent
 
-if __name__ == "__main__":
-    given = arguments(__doc__).parse_args().input
+
+@script
+def main(argv=None):
+    given = arguments(__doc__).parse_args(argv).input
     write_characters(HERE, shakespeare(given, HERE))
+
+
+if __name__ == "__main__":
+    main()
