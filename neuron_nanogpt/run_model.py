@@ -15,11 +15,14 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import check_python
+
+check_python()
 import numpy as np
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import compiler, weight_loader
 from neuron_nanogpt.model import count_params
 from shared.sampling import Sampler, check_sampling

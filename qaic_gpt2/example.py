@@ -12,10 +12,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import check_python
+
+check_python()
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qaic_gpt2 import backend, weight_loader
 from qaic_gpt2.files import write_file
 from shared.sampling import Sampler

@@ -9,9 +9,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import check_python
+
+check_python()
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import Stream, find_model, load_tokenizer
 
