@@ -20,11 +20,14 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.configurator import configure, fail, script
 from jax_nanogpt.device import choose_devices, describe

@@ -6,6 +6,7 @@ A config file holds Python assignments of literals, one a key: `learning_rate = 
 import ast
 import difflib
 import os
+import signal
 import sys
 from dataclasses import fields, replace
 from functools import wraps
@@ -23,6 +24,9 @@ def script(run):
 
     @wraps(run)
     def main(argv=None):
+        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return run(argv)
         except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
@@ -30,8 +34,13 @@ def script(run):
         except (ValueError, OSError) as error:
             fail(error)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("interrupted", file=sys.stderr, flush=True)
+            if alone:
+                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
             sys.exit(130)
+        finally:
+            if alone:  # all is done, but for Python's own end, which an exception would only disturb
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     return main
 

@@ -8,14 +8,15 @@ TOKENIZER_FILES = ("meta.json", "vocab.json", "merges.txt", "tokenizer.json", "t
 
 
 def write_beside(path, write):
-    """write(temporary path), which then takes the place of path."""
-    temporary = path.with_name(path.name + ".part")
+    """write(temporary path), which then takes the place of path; an OSError names path, and what is the matter."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path, text):

@@ -9,10 +9,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.configurator import fail, script
@@ -95,7 +98,7 @@ def main(argv=None):
     prompt = tokenizer.encode(start)
     if not prompt and tokenizer.eot is None:
         raise ValueError("start is empty, and a model of characters has no <|endoftext|>: give it a character")
-    print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}")
+    print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}", flush=True)
 
     prompt = prompt or [tokenizer.eot]
     if args.verify:

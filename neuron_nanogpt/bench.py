@@ -20,11 +20,14 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import compiler, weight_loader
 from neuron_nanogpt.model import GPT, GPTConfig, count_params
 from neuron_nanogpt.run_model import DTYPES, SEQ_LEN, Cached, Window, choose_buckets, fail, generate, script

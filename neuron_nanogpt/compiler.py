@@ -197,12 +197,14 @@ def hash_code(kind):
 
 def write_files(contents):
     """Each file beside its place first, then all of them moved there: they are whole, or not there."""
-    parts = {path: path.with_name(path.name + ".part") for path in contents}
+    parts = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path in contents}
     try:
         for path, part in parts.items():
             part.write_bytes(contents[path])
         for path, part in parts.items():
             os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)

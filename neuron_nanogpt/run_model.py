@@ -10,17 +10,21 @@ again by the next run.
 import argparse
 import io
 import os
+import signal
 import statistics
 import sys
 import time
 from functools import wraps
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import numpy as np
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import compiler, weight_loader
 from neuron_nanogpt.model import count_params
 from shared.sampling import Sampler, check_sampling
@@ -215,6 +219,9 @@ def script(run):
 
     @wraps(run)
     def main(argv=None):
+        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with torch.inference_mode():
                 return run(argv)
@@ -223,8 +230,13 @@ def script(run):
         except (ValueError, OSError) as error:
             fail(error)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("interrupted", file=sys.stderr, flush=True)
+            if alone:
+                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
             sys.exit(130)
+        finally:
+            if alone:  # all is done, but for Python's own end, which an exception would only disturb
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     return main
 

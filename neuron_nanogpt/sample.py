@@ -7,9 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import weight_loader
 from neuron_nanogpt.model import count_params
 from neuron_nanogpt.run_model import DTYPES, fail, script

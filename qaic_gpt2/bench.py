@@ -22,11 +22,14 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import numpy as np
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qaic_gpt2 import backend
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from qaic_gpt2.example import fail, script

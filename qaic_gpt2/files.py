@@ -26,11 +26,13 @@ def written_beside(path):
 
 
 def write_file(path, write):
-    """write(temporary path), which then takes the place of path."""
+    """write(temporary path), which then takes the place of path; an OSError names path, and what is the matter."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -90,9 +90,12 @@ class Characters:
 
     def save(self, folder: "str | os.PathLike") -> None:
         path = Path(folder, "meta.json")
-        beside = path.with_name(f"meta.json.{os.getpid()}")
-        beside.write_text(json.dumps({"chars": self.chars}) + "\n", encoding="utf-8")
-        beside.replace(path)
+        beside = path.with_name(f"meta.json.{os.getpid()}.part")
+        try:
+            beside.write_text(json.dumps({"chars": self.chars}) + "\n", encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         try:
@@ -270,7 +273,8 @@ def _find_on_hub(name: str) -> Found:
     except _FETCH_ERRORS as error:
         raise ValueError(f"{name} is not in the local cache and cannot be fetched ({_in_a_line(error)})") from None
     try:
-        folder = snapshot_download(repo, allow_patterns=_FILES)
+        # not here: it waits for its threads, so that a Ctrl-C would have to wait for the last byte
+        folder = _within(None, lambda: snapshot_download(repo, allow_patterns=_FILES))
     except Exception as error:  # the client, its transports and the disk each have kinds of their own
         raise ValueError(f"{name} could not be downloaded ({_in_a_line(error)})") from error
     return Found(name, Path(folder), "downloaded from the hub")
@@ -307,7 +311,7 @@ def _get(url: str) -> bytes:
         return answer.read()
 
 
-def _within(seconds: float, call):
+def _within(seconds: "float | None", call):
     """What call() returns or raises, or a TimeoutError: looking up a host's name takes no time-out of its own."""
     results = queue.SimpleQueue()
 

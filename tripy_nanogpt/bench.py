@@ -19,9 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 from tripy_nanogpt.example import fail, script

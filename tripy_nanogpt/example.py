@@ -5,13 +5,17 @@ python example.py --input-text "Do people really like using ONNX?" --seed=1
 
 import argparse
 import os
+import signal
 import sys
 from functools import partial, wraps
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import Stream, find_model, load_tokenizer
 
@@ -30,6 +34,9 @@ def script(run):
 
     @wraps(run)
     def main(argv=None):
+        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return run(argv)
         except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
@@ -37,8 +44,13 @@ def script(run):
         except (ValueError, OSError, ImportError) as error:
             fail(error)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("interrupted", file=sys.stderr, flush=True)
+            if alone:
+                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
             sys.exit(130)
+        finally:
+            if alone:  # all is done, but for Python's own end, which an exception would only disturb
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     return main
 

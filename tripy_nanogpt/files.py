@@ -5,15 +5,19 @@ import json
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 HERE = Path(__file__).resolve().parent
 
 
 def write_beside(path, write):
-    """write(temporary path), which then takes the place of path."""
+    """write(temporary path), which then takes the place of path; an OSError names path, and what is the matter."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         part.unlink(missing_ok=True)
 

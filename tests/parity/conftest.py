@@ -10,6 +10,9 @@ from parity import NANO, Referee, write_report
 
 def pytest_addoption(parser):
     parser.addoption("--report", default=ROOT / "results" / "parity", type=Path, help="the folder of parity's report")
+    group = parser.getgroup("interrupts", "Ctrl-C at random moments (make kills)")
+    group.addoption("--interrupts", type=int, default=0, help="how many a project (default: %(default)s)")
+    group.addoption("--interrupts-seed", type=int, default=0, help="of their moments (default: %(default)s)")
 
 
 _outcomes = pytest.StashKey[list]()

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -184,6 +185,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             name = path.rpartition("/")[2]
             self.server.fetched.append(name)
             broken = self.mode == "breaks" and name == "model.safetensors"
+            if self.mode == "hangs" and name == "model.safetensors" and self.command == "GET":
+                self.server.asked.set()
+                self.server.ended.wait(60)
             self.answer(FILES[name], len(FILES[name]) + 1000 * broken)
         else:
             self.send_error(404)
@@ -206,10 +210,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.fetched = []
+    server.fetched, server.asked, server.ended = [], threading.Event(), threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
+    server.ended.set()
     server.shutdown()
     server.server_close()
 
@@ -233,3 +238,19 @@ def test_a_hub_that_fails_leaves_nano_and_the_reason(tmp_path, hub, monkeypatch,
     assert says in by_default[2]
     assert says in by_name[0]
     assert "\n" not in by_name[0]
+
+
+def test_ctrl_c_ends_a_download_that_hangs_and_the_next_one_is_whole(tmp_path, hub, monkeypatch):
+    """The client's own threads would be waited for, until the last byte is there."""
+    monkeypatch.setattr(Hub, "mode", "hangs")
+    code = "import os\nfrom shared.tokenizer import find_model\n"
+    code += "try: find_model('gpt2')\nexcept KeyboardInterrupt: os._exit(130)"
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    assert hub.asked.wait(60)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    monkeypatch.setattr(Hub, "mode", "whole")
+    (found,) = find("gpt2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    assert found[2] == "downloaded from the hub" and Path(found[1], "model.safetensors").read_bytes() == b"weights"
