@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -212,12 +213,23 @@ def measure(args, scratch):
     config, params = weight_loader.load(folder)
     if args.new_tokens > config.block_size - 16:
         raise ValueError(f"--new-tokens is {args.new_tokens}, at most {config.block_size - 16} fit behind 16 tokens")
-    jax.config.update("jax_compilation_cache_dir", str(scratch / "compiled"))  # an empty one, to compile from nothing
-    compilation_cache.reset_cache()
-    report = Report(device)
-    bench_shakespeare(report)
-    bench_gpt2(report, name, folder, config, params, args.new_tokens)
+    with compiled_in(scratch / "compiled"):  # where nothing is yet
+        report = Report(device)
+        bench_shakespeare(report)
+        bench_gpt2(report, name, folder, config, params, args.new_tokens)
     return report.results
+
+
+@contextmanager
+def compiled_in(folder):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 @script

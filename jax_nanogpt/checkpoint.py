@@ -56,13 +56,12 @@ def sizes_in(folder):
 def truncated(folder):
     """What is wrong with a step's files, or nothing: a disk that was full or lost its power may have kept a part."""
     try:
-        sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+        sizes, now = json.loads((folder / SIZES).read_text(encoding="utf-8")), sizes_in(folder)
+        wrong = [name for name, size in sizes.items() if now.get(name) != size]
     except FileNotFoundError:
         return ""  # the run was killed before it could write down the sizes
-    except ValueError:
+    except (ValueError, AttributeError, RecursionError):
         return f"{SIZES} is not readable"
-    now = sizes_in(folder)
-    wrong = [name for name, size in sizes.items() if now.get(name) != size]
     return f"{wrong[0]} has {now.get(wrong[0], 0)} bytes of {sizes[wrong[0]]}" if wrong else ""
 
 

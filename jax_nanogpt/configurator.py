@@ -6,6 +6,7 @@ A config file holds Python assignments of literals, one a key: `learning_rate = 
 import ast
 import difflib
 import os
+import re
 import signal
 import sys
 from dataclasses import fields, replace
@@ -15,7 +16,8 @@ from pathlib import Path
 
 def fail(message):
     """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
-    print("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message)), file=sys.stderr)
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message))
+    print(line if len(line) < 2000 else f"{line[:1000]} ... {line[-1000:]}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -28,6 +30,9 @@ def script(run):
         if alone:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            for word in sys.argv[1:] if argv is None else argv:
+                if re.fullmatch("--[^=]+=--", word):  # of which argparse makes an empty list, until Python 3.13
+                    fail(f"{word}: -- is no value")
             return run(argv)
         except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -90,7 +90,7 @@ def main(argv=None):
     for name in ("num_samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
-    if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
+    if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
         raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
     devices = choose_devices(args.device)
     start = Path(args.start[5:]).read_text(encoding="utf-8") if args.start.startswith("FILE:") else args.start

@@ -108,8 +108,11 @@ def load(folder, dtype="float32"):
     )
 
     for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        if type(value := getattr(config, key)) is not int or not 0 < value < 2**24:
-            raise ValueError(f"{folder / 'config.json'}: {key} is {value!r}, a whole number above 0 is expected")
+        most = 1000 if key == "n_layer" else 2**24
+        if type(value := getattr(config, key)) is not int or not 0 < value <= most:
+            raise ValueError(
+                f"{folder / 'config.json'}: {key} is {value!r}, a whole number from 1 to {most} is expected"
+            )
     if config.n_embd % config.n_head:
         raise ValueError(
             f"{folder / 'config.json'}: n_embd is {n_embd}, a multiple of n_head ({config.n_head}) is expected"

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -231,9 +232,9 @@ def main(argv=None):
         if args.new_tokens > most:
             raise ValueError(f"new_tokens is {args.new_tokens}, at most {most} fit behind {PROMPT} tokens")
         folder = folder.resolve()
-        os.chdir(scratch)
-        report = Report(engine, name)
-        bench(report, folder, args.new_tokens)
+        with chdir(scratch):
+            report = Report(engine, name)
+            bench(report, folder, args.new_tokens)
     print(json.dumps({"project": "neuron_nanogpt", "results": report.results}))
 
 

@@ -177,7 +177,7 @@ def difference(path, wanted):
     advice = "delete it, or say --recompile"
     try:
         given = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} has no readable {sidecar.name} beside it ({error}): {advice}") from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not isinstance(given, dict) or given.get("sha256") != digest:

@@ -10,6 +10,7 @@ again by the next run.
 import argparse
 import io
 import os
+import re
 import signal
 import statistics
 import sys
@@ -210,7 +211,8 @@ class Eager:
 
 def fail(message):
     """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
-    print("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message)), file=sys.stderr)
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message))
+    print(line if len(line) < 2000 else f"{line[:1000]} ... {line[-1000:]}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -223,6 +225,9 @@ def script(run):
         if alone:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            for word in sys.argv[1:] if argv is None else argv:
+                if re.fullmatch("--[^=]+=--", word):  # of which argparse makes an empty list, until Python 3.13
+                    fail(f"{word}: -- is no value")
             with torch.inference_mode():
                 return run(argv)
         except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
@@ -286,7 +291,7 @@ def check(args):
         )
     if args.batch % args.cores:
         raise ValueError(f"batch is {args.batch}, a multiple of cores ({args.cores}) is expected")
-    if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
+    if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
         raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
 
 

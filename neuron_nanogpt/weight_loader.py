@@ -46,8 +46,9 @@ def read_config(folder):
         n_embd=given.get("n_embd", 768),
     )
     for key, value in vars(config).items():
-        if type(value) is not int or not 0 < value < 2**24:
-            raise ValueError(f"{path}: {key} is {value!r}, a whole number above 0 is expected")
+        most = 1000 if key == "n_layer" else 2**24
+        if type(value) is not int or not 0 < value <= most:
+            raise ValueError(f"{path}: {key} is {value!r}, a whole number from 1 to {most} is expected")
     if config.n_embd % config.n_head:
         raise ValueError(f"{path}: n_embd is {config.n_embd}, a multiple of n_head ({config.n_head}) is expected")
     if given.get("n_inner") not in (None, 4 * config.n_embd):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 
 from qaic_gpt2 import compiler, exporter, model, weight_loader
 from qaic_gpt2.files import sha256, written_beside
@@ -117,7 +118,10 @@ class QEFFAutoModelForCausalLM:
 
     @staticmethod
     def _exported_files(onnx_path):
-        tensors = onnx.load(onnx_path, load_external_data=False).graph.initializer
+        try:
+            tensors = onnx.load(onnx_path, load_external_data=False).graph.initializer
+        except DecodeError as error:
+            raise ValueError(f"onnx_path is {onnx_path}, which cannot be read: {error}; remove its folder") from None
         return [onnx_path, *(onnx_path.parent / name for name in sorted({*map(exporter.location, tensors)} - {None}))]
 
     @property

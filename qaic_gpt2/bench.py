@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import transformers
 
-from qaic_gpt2 import backend
+from qaic_gpt2 import backend, weight_loader
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from qaic_gpt2.example import fail, script
 from qaic_gpt2.exporter import WEIGHTS
@@ -233,7 +233,7 @@ def measure(args, scratch):
         write_random(args.random, folder)
     else:
         name, folder, _ = find_model(args.model)
-    positions = transformers.GPT2Config.from_pretrained(folder).n_positions
+    positions = weight_loader.read_config(folder).n_positions
     if args.new_tokens > positions // 2:
         raise ValueError(f"--new-tokens is {args.new_tokens}, at most half of the {positions} positions are expected")
     os.environ["QEFF_HOME"] = str(scratch / "artifacts")

@@ -7,6 +7,7 @@ python example.py --dtype int8 --temperature 0.8 --top-k 50 --seed 1
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -28,7 +29,8 @@ from shared.tokenizer import find_model, load_tokenizer
 
 def fail(message):
     """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
-    print("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message)), file=sys.stderr)
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message))
+    print(line if len(line) < 2000 else f"{line[:1000]} ... {line[-1000:]}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -41,6 +43,9 @@ def script(run):
         if alone:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            for word in sys.argv[1:] if argv is None else argv:
+                if re.fullmatch("--[^=]+=--", word):  # of which argparse makes an empty list, until Python 3.13
+                    fail(f"{word}: -- is no value")
             return run(argv)
         except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -93,7 +98,7 @@ def check(args, device):
     for name in ("max_new_tokens", "num_cores", "prefill_seq_len", "ctx_len"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name} is {value}, 1 or more is expected")
-    if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
+    if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
         raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
     if device == "qaic":
         unserved = {"dump": args.dump, "temperature": args.temperature, "ignore_eos": args.ignore_eos}

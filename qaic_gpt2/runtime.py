@@ -25,7 +25,7 @@ def read(folder):
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         program = (folder / PROGRAM).read_bytes()
         hashes = {name: sha256(folder / name) for name in sidecar["sha256"]}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder} is no artifact that can be read ({error}): remove it, to compile anew") from None
     hashes[PROGRAM] = hashlib.sha256(program).hexdigest()  # of what will run, and not of what lies there later
     if wrong := [name for name, value in hashes.items() if value != sidecar["sha256"].get(name)]:

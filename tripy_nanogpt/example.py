@@ -5,6 +5,7 @@ python example.py --input-text "Do people really like using ONNX?" --seed=1
 
 import argparse
 import os
+import re
 import signal
 import sys
 from functools import partial, wraps
@@ -25,7 +26,8 @@ LIMITS = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 def fail(message):
     """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
-    print("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message)), file=sys.stderr)
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message))
+    print(line if len(line) < 2000 else f"{line[:1000]} ... {line[-1000:]}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -38,6 +40,9 @@ def script(run):
         if alone:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            for word in sys.argv[1:] if argv is None else argv:
+                if re.fullmatch("--[^=]+=--", word):  # of which argparse makes an empty list, until Python 3.13
+                    fail(f"{word}: -- is no value")
             return run(argv)
         except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,7 +122,7 @@ def main(argv=None):
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, 1 or more is expected")
-    if args.dump and (args.dump.is_dir() or not args.dump.parent.is_dir()):
+    if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
         raise ValueError(f"--dump is {args.dump}, a file in a folder that exists is expected")
     name, folder, why = find_model(args.model_type)
     tokenizer = load_tokenizer(folder)

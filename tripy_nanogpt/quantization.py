@@ -119,7 +119,7 @@ def calibration_texts(dataset_name, count):
         if path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").splitlines()
             return [json.loads(line)["text"] for line in lines if line.strip()], str(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"calibration data is {dataset_name}, which cannot be read: {error!r}") from None
     raise ValueError(f"calibration data is {dataset_name}; {CNN}, a .txt, a .jsonl or a folder is expected")
 

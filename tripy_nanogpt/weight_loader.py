@@ -52,8 +52,9 @@ def read_config(folder, dtype=tp.float16, quant_mode=None):
         quant_mode=quant_mode,
     )
     for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        if type(value := getattr(config, key)) is not int or not 0 < value < 2**24:
-            raise ValueError(f"{path}: {key} is {value!r}, a whole number above 0 is expected")
+        most = 1000 if key == "n_layer" else 2**24
+        if type(value := getattr(config, key)) is not int or not 0 < value <= most:
+            raise ValueError(f"{path}: {key} is {value!r}, a whole number from 1 to {most} is expected")
     if config.n_embd % config.n_head:
         raise ValueError(f"{path}: n_embd is {config.n_embd}, a multiple of n_head ({config.n_head}) is expected")
     if given.get("n_inner") not in (None, 4 * config.n_embd):

@@ -90,7 +90,7 @@ def test_padded_keeps_the_end_of_a_long_text():
     [
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"n_head": 3}, "n_embd is 32, a multiple of n_head"),
-        ({"n_layer": -1}, "n_layer is -1, a whole number above 0"),
+        ({"n_layer": -1}, "n_layer is -1, a whole number from 1 to 1000"),
         ({"n_layer": 3}, "12 tensors are missing: h.2.ln_1.weight"),
         ({"n_inner": 7}, "n_inner is 7"),
         ({"vocab_size": 51}, "wte.weight"),

@@ -66,7 +66,7 @@ def test_several_files_are_read(tiny, tmp_path):
         ({"activation_function": "gelu"}, "activation_function is 'gelu', GPT-2's 'gelu_new' is supported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"n_head": 3}, "n_embd is 32, a multiple of n_head"),
-        ({"n_layer": 0}, "n_layer is 0, a whole number above 0"),
+        ({"n_layer": 0}, "n_layer is 0, a whole number from 1 to 1000"),
         ({"n_inner": 64}, "n_inner is 64, 4"),
     ],
 )
