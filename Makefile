@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 TOX = .venv/bin/tox
 
-.PHONY: test demo bench fuzz kills clean
+.PHONY: test demo bench fuzz kills versions clean
 
 test: $(TOX)
 	$(TOX) run
@@ -20,6 +20,10 @@ fuzz: $(TOX)
 kills: $(TOX)
 	$(TOX) run -e jax -- -m faults -k killed_at_random --kills=50 --kills-seed=$$(date +%s)
 
+# the other Pythons that shared and jax_nanogpt run on; one that this machine lacks is skipped by name
+versions: $(TOX)
+	$(TOX) run --skip-missing-interpreters true -e shared-py310,shared-py312,shared-py313,jax-py312,jax-py313
+
 # trained models and other outputs stay
 clean:
 	rm -rf .venv .tox .pytest_cache .ruff_cache .hypothesis
@@ -28,8 +32,8 @@ clean:
 $(TOX): Makefile
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "$(PYTHON) is not there: install Python 3.11, or name another: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is older than Python 3.11: name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "$(PYTHON) is not Python 3.11 to 3.13: name another: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) has no venv: on Debian and Ubuntu apt install python3.11-venv; README.md has another way" >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; }

@@ -9,9 +9,7 @@ cache, as a second start would, and the process's peak memory meanwhile. The las
 
 import argparse
 import json
-import os
 import resource
-import signal
 import statistics
 import sys
 import tempfile
@@ -22,14 +20,14 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.configurator import configure, fail, script
 from jax_nanogpt.device import choose_devices, describe

@@ -16,12 +16,15 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too; JAX reads it when imported
 
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt.bench import SHAPES, make_text, seconds
 from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.device import choose_devices, describe

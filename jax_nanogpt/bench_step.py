@@ -12,12 +12,15 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import flax.linen as nn
 import jax
 import matplotlib
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import model
 from jax_nanogpt.bench import seconds, shakespeare
 from jax_nanogpt.configurator import fail, script

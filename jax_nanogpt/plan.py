@@ -13,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import mesh as meshes
 from jax_nanogpt.bench import SHAPES
 from jax_nanogpt.configurator import fail, script

@@ -5,19 +5,17 @@ python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_sa
 """
 
 import argparse
-import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.configurator import fail, script

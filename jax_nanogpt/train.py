@@ -17,9 +17,10 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -30,7 +31,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt import mesh as meshes
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints, last_good

@@ -10,8 +10,13 @@ import argparse
 import json
 import re
 import sys
-from itertools import pairwise
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
+
+begin(__name__)
+from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file
 from safetensors.numpy import save as serialize
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text

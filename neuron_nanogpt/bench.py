@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -21,14 +20,14 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import compiler, weight_loader
 from neuron_nanogpt.model import GPT, GPTConfig, count_params
 from neuron_nanogpt.run_model import DTYPES, SEQ_LEN, Cached, Window, choose_buckets, fail, generate, script

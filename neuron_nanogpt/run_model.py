@@ -17,14 +17,14 @@ import time
 from functools import wraps
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import numpy as np
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import compiler, weight_loader
 from neuron_nanogpt.model import count_params
 from shared.sampling import Sampler, check_sampling

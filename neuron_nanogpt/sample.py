@@ -4,17 +4,15 @@ python sample.py --prompt "To be, or not to be" --temperature 0
 """
 
 import argparse
-import os
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neuron_nanogpt import weight_loader
 from neuron_nanogpt.model import count_params
 from neuron_nanogpt.run_model import DTYPES, fail, script

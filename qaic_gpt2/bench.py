@@ -12,7 +12,6 @@ import io
 import json
 import os
 import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,14 +22,14 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import numpy as np
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qaic_gpt2 import backend
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from qaic_gpt2.example import fail, script

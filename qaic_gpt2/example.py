@@ -13,13 +13,13 @@ import time
 from functools import partial, wraps
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qaic_gpt2 import backend, weight_loader
 from qaic_gpt2.files import write_file
 from shared.sampling import Sampler

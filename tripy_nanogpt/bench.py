@@ -8,10 +8,8 @@ The last line of output is one JSON document.
 
 import argparse
 import json
-import os
 import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -21,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 from tripy_nanogpt.example import fail, script

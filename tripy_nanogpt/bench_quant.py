@@ -137,7 +137,7 @@ def bench_quant_modes(report, name, folder, new, executables):
 
 def weigh(engine):
     """Bytes of an executable, which are its weights, the embeddings among them."""
-    return (engine.folder / "decode.json").stat().st_size * 3 // 4  # it is in base64
+    return (engine.folder / "decode.executable").stat().st_size
 
 
 def draw(points):

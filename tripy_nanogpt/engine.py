@@ -130,7 +130,7 @@ class Engine:
 
     def _save(self, name, executable):
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name}.json"
+        path = self.folder / f"{name}.executable"
         digest = path.with_suffix(".sha256")
         digest.unlink(missing_ok=True)  # until both files are new, there is no executable
         made = []
@@ -143,7 +143,7 @@ class Engine:
         write_beside(digest, lambda part: part.write_text(f"{made[0]}\n", encoding="utf-8"))
 
     def _load(self, name):
-        path = self.folder / f"{name}.json"
+        path = self.folder / f"{name}.executable"
         try:
             expected = path.with_suffix(".sha256").read_text(encoding="utf-8").strip()
             digest = sha256(path)

@@ -10,12 +10,12 @@ import sys
 from functools import partial, wraps
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: what is imported takes seconds
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import begin
 
+begin(__name__)
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import Stream, find_model, load_tokenizer
 

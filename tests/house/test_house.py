@@ -202,7 +202,7 @@ def make(folder, *arguments):
 
 MISSING = {
     "is not there: install Python 3.11": None,
-    "is older than Python 3.11": "exit 1",
+    "is not Python 3.11 to 3.13": "exit 1",
     "has no venv: on Debian and Ubuntu apt install python3.11-venv": "case $2 in *ensurepip*) exit 1; esac",
 }
 

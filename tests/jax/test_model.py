@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
@@ -25,6 +24,7 @@ TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 
 
 def random_checkpoint(folder, layers, heads, width, vocab=1000, positions=64):
+    torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=vocab, n_positions=positions, n_layer=layers, n_head=heads, n_embd=width
@@ -39,6 +39,7 @@ def random_checkpoint(folder, layers, heads, width, vocab=1000, positions=64):
 
 
 def logits_of(reference, tokens):
+    torch = pytest.importorskip("torch")
     with torch.no_grad():
         return reference(torch.tensor(tokens)).logits.numpy()
 
@@ -82,6 +83,7 @@ def test_bfloat16_is_near_float32(tmp_path):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_is_written_loads_in_transformers(bias, tmp_path):
+    torch = pytest.importorskip("torch")
     config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=bias)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)

@@ -9,9 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
 
-from jax_nanogpt import bench, bench_peer, sample, weight_loader
+from jax_nanogpt import bench, sample, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.model import GPT, GPTConfig, init_params
 from shared.tokenizer import Characters, find_model, load_tokenizer
@@ -155,6 +154,9 @@ def test_an_export_from_out_dir_loads_and_is_the_best_checkpoint(out_dir, tmp_pa
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_benchs_peer_is_the_same_model(bias):
+    torch = pytest.importorskip("torch")
+    from jax_nanogpt import bench_peer
+
     config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=bias)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)

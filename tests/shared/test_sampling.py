@@ -8,11 +8,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from shared.sampling import Sampler, _nucleus, check_sampling
 
@@ -88,6 +86,9 @@ def support(logits, draws=4000, **settings):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (7, None), (40, None), (None, 0.3), (None, 0.97), (30, 0.6)])
 def test_what_is_drawn_is_what_transformers_keeps(top_k, top_p):
+    torch = pytest.importorskip("torch")
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     for seed in range(5):
         logits = normal_logits(seed, (50,), 0.4)
         scores = TemperatureLogitsWarper(0.9)(None, torch.tensor(logits)[None])

@@ -1,5 +1,9 @@
 """engine.py: what is compiled once, kept whole, and loaded only as it was written."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -40,12 +44,13 @@ def test_a_second_run_loads_the_same_and_reads_no_weights(tiny, kept, monkeypatc
 
 def test_an_executable_that_was_changed_is_not_loaded(tiny, kept, capsys):
     folder, logits = kept
-    (path,) = folder.glob("*/prefill.json")
+    (path,) = folder.glob("*/prefill.executable")
     whole = path.read_bytes()
     path.write_bytes(whole[:-20] + b"0" + whole[-19:])
     again = fresh(tiny, folder)
     np.testing.assert_allclose(run(again), logits, atol=1e-5)
-    assert again.compiled == ["prefill"] and "prefill.json is not what prefill.sha256 says" in capsys.readouterr().err
+    assert again.compiled == ["prefill"]
+    assert "prefill.executable is not what prefill.sha256 says" in capsys.readouterr().err
     assert files.sha256(path) == path.with_suffix(".sha256").read_text().strip()
 
 
@@ -56,6 +61,23 @@ def test_an_executable_without_its_sha256_is_not_loaded(tiny, kept):
     again = fresh(tiny, folder)
     run(again)
     assert again.compiled == ["decode"] and path.exists()
+
+
+def test_every_process_compiles_the_same_bytes(tiny, tmp_path):
+    """So that two at once, which write the same files, agree on them."""
+    script = """
+import sys
+from tripy_nanogpt.device import choose_device
+from tripy_nanogpt.engine import load_engine
+load_engine(sys.argv[1], "float32", choose_device("auto"), folder=sys.argv[2]).prefill([1])
+"""
+    digests = set()
+    for seed in "12":  # of the order of sets
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(files.HERE.parent)}
+        subprocess.run([sys.executable, "-c", script, tiny, tmp_path / seed], check=True, env=environment)
+        (path,) = (tmp_path / seed).glob("*/prefill.sha256")
+        digests.add(path.read_text())
+    assert len(digests) == 1
 
 
 def test_each_part_of_the_key_asks_for_other_executables(tiny, tmp_path, monkeypatch):

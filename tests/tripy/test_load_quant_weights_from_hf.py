@@ -151,7 +151,7 @@ def test_executables_hold_linear_weights_at_their_size(wide, executables, mode, 
     def size(quant_mode):
         engine = load_engine(wide, "float32", choose_device("auto"), quant_mode, folder=executables)
         engine.decode(1, 0, engine.prefill([1])[1])
-        return (engine.folder / "decode.json").stat().st_size * 3 / 4  # base64
+        return (engine.folder / "decode.executable").stat().st_size
 
     linear = 4 * 2 * 12 * 128 * 128
     assert size(None) - size(mode) > (1 - share) * linear

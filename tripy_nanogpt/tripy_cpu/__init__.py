@@ -20,16 +20,19 @@ def _activate() -> str:
         raise ImportError(f"nvtripy {found} does not run on the CPU: pip install --no-deps nvtripy=={NVTRIPY}")
     import torch
 
-    from . import program, runtime
+    from . import runtime
 
-    runtime.register(program.Program.load)  # before nvtripy is imported
+    runtime.register()  # before nvtripy is imported
     from nvtripy.backend.mlir import memref
     from nvtripy.backend.mlir.compiler import Compiler
     from nvtripy.trace.trace import Trace
-    from nvtripy.utils import stack_info
+    from nvtripy.utils import json, stack_info
+
+    from . import program
 
     Trace.to_mlir = lambda self: self
     Compiler.compile = lambda self, module, trace=None: program.lower(module)
+    json.save, json.load = program.save, program.load
     stack_info.get_stack_info = runtime.get_stack_info
     memref.tolist = lambda value: value.data.tolist()
     return f"nvtripy {found}'s front end, executed by torch {torch.__version__.partition('+')[0]}"

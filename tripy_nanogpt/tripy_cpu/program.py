@@ -1,36 +1,37 @@
 """nvtripy's Trace as a program that torch runs.
 
 lower() computes what follows from constants and from shapes that are known, as TensorRT's builder does; a Program is
-the steps that are left. Saved, it is a safetensors file of its constants, with its operations as JSON in the header.
+the steps that are left. save() and load() keep an executable as a safetensors file: the program's constants, and the
+rest as JSON in its header. In nvtripy's own format, JSON alone, it took longer to decode than to load and run.
 """
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from functools import partial
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
+from nvtripy import Executable
+from nvtripy.backend.mlir.utils import OUTPUT_SEPARATOR, map_error_to_user_code_and_raise
+from nvtripy.common.exception import raise_error
+from nvtripy.trace.ops.base import TraceOp
+from nvtripy.trace.ops.constant import Constant
+from nvtripy.utils.json import from_json, to_json
+from nvtripy.utils.utils import load_file, save_file
 
 from .kernels import DTYPES, KERNELS, SHAPES
-from .runtime import MemRefValue, MTRTException, PointerType, ScalarTypeCode, Version
+from .runtime import MemRefValue, MTRTException, PointerType, ScalarTypeCode, Version, write
 from .weights import KINDS, Quantized, digest, share, storage, weight_of
 
-FORMAT = "tripy_cpu 2"
+FORMAT = "tripy_cpu 3"
+ATTRIBUTES = ("_arg_names", "_return_single_tensor_as_sequence", "input_infos", "_access_plan_by_name")
 VIEWS = ("reshape.Reshape", "broadcast.Broadcast", "permute.Permute")
 ERRORS = (RuntimeError, IndexError, ValueError)
 
 
-@dataclass
-class Input:
-    name: str
-    dtype: str
-    low: list[int]
-    high: list[int]
-
-
-@dataclass
-class Node:
+class Node(NamedTuple):
     op: str  # module and class of the Trace operation: "reduce.Max" is not "binary.Max"
     attrs: dict
     inputs: list[str]
@@ -48,6 +49,7 @@ def as_tuple(result):
 
 class Program:
     def __init__(self, inputs, nodes, outputs, constants):
+        """inputs: (name, dtype, least shape, largest shape) of each; outputs: (name, dtype)."""
         self.inputs, self.nodes, self.outputs, self.constants = inputs, nodes, outputs, constants
         self.owned = {storage(value) for value in constants.values() if isinstance(value, torch.Tensor)}
         self.caches = {node.inputs[2] for node in nodes if "written" in node.attrs}
@@ -66,11 +68,11 @@ class Program:
                 function = node
             self.steps.insert(0, (function, names, node.outputs, {*names, *node.outputs} - needed))  # no longer needed
             needed.update(names)
-        made = {*self.fixed, *(info.name for info in inputs), *(name for node in nodes for name in node.outputs)}
+        made = {*self.fixed, *(name for name, *_ in inputs), *(name for node in nodes for name in node.outputs)}
         if missing := needed - made:
             raise ValueError(f"nothing gives {', '.join(missing)}")
 
-    # what nvtripy's Executable asks for
+    # what nvtripy's Executable asks of TensorRT's, and of its session
 
     def get_signature(self, name):
         return self
@@ -81,43 +83,16 @@ class Program:
     def get_data_segments(self):
         return []  # TensorRT's engines: there are none
 
-    def serialize(self):
-        kept, same, constants = {}, {}, {}
-        for name, value in self.constants.items():
-            tensors = value.tensors() if callable(value) else [value]
-            keys = [same.setdefault(digest(tensor), f"{name} {i}") for i, tensor in enumerate(tensors)]
-            kept |= {key: t.clone(memory_format=torch.contiguous_format) for key, t in zip(keys, tensors, strict=True)}
-            constants[name] = [type(value).__name__, keys]
-        parts = {key: [asdict(part) for part in getattr(self, key)] for key in ("inputs", "nodes")}
-        parts |= {"outputs": self.outputs, "constants": constants}
-        return safetensors.torch.save(kept, {"format": FORMAT, "program": json.dumps(parts)})
-
-    @classmethod
-    def load(cls, data):
-        from nvtripy.common.exception import raise_error
-
-        try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            if header["format"] != FORMAT:
-                raise ValueError(f"its format is {header['format']}, not {FORMAT}")
-            parts, tensors = json.loads(header["program"]), safetensors.torch.load(data)
-            inputs, nodes = [Input(**i) for i in parts["inputs"]], [Node(**n) for n in parts["nodes"]]
-            held = parts["constants"].items()
-            constants = {name: KINDS[kind](*(tensors[key] for key in keys)) for name, (kind, keys) in held}
-            return cls(inputs, nodes, parts["outputs"], constants)
-        except (KeyError, TypeError, AttributeError, safetensors.SafetensorError, *ERRORS) as error:
-            raise_error(f"This is no executable for the CPU: {error}")
-
-    def __call__(self, memrefs):
-        for memref, info in zip(memrefs, self.inputs, strict=True):
-            if memref.dtype.value != info.dtype:
-                raise MTRTException(f"function expects a memref type with element type {info.dtype}")
-            bounds = zip(info.low, memref.shape, info.high, strict=False)
-            if len(memref.shape) != len(info.low) or not all(low <= size <= high for low, size, high in bounds):
-                raise MTRTException(f"Runtime shape mismatch: {memref.shape} is not within {info.low} and {info.high}")
+    def execute_function(self, name, in_args, stream=None, client=None):
+        for memref, (_, dtype, low, high) in zip(in_args, self.inputs, strict=True):
+            if memref.dtype.value != dtype:
+                raise MTRTException(f"function expects a memref type with element type {dtype}")
+            bounds = zip(low, memref.shape, high, strict=False)
+            if len(memref.shape) != len(low) or not all(least <= size <= most for least, size, most in bounds):
+                raise MTRTException(f"Runtime shape mismatch: {memref.shape} is not within {low} and {high}")
         try:
             with torch.inference_mode():
-                results = self.run([memref.version for memref in memrefs])
+                results = self.run([memref.version for memref in in_args])
         except ERRORS as error:
             raise MTRTException(str(error).partition("\n")[0]) from error
         codes = [ScalarTypeCode(dtype) for _, dtype in self.outputs]
@@ -125,13 +100,13 @@ class Program:
 
     def run(self, versions):
         values, taken, caches = self.fixed.copy(), self.owned.copy(), []
-        for info, version in zip(self.inputs, versions, strict=True):
-            values[info.name] = version.read()
-            taken.add(storage(values[info.name]))
-            if info.name in self.caches:
+        for (name, *_), version in zip(self.inputs, versions, strict=True):
+            values[name] = version.read()
+            taken.add(storage(values[name]))
+            if name in self.caches:
                 alone = versions.count(version) == 1 and not version.shared
-                values[info.name] = version if alone else Version(values[info.name].clone())
-                caches.append(values[info.name])
+                values[name] = version if alone else Version(values[name].clone())
+                caches.append(values[name])
         for function, names, outputs, dead in self.steps:
             values.update(zip(outputs, as_tuple(function(*[values[name] for name in names])), strict=True))
             for name in dead:
@@ -149,24 +124,47 @@ class Program:
         return results
 
 
-def write(dim, here, new, version):
-    return version.write(dim, here.flatten().nonzero().flatten(), new)
+def save(executable, path):
+    program, tensors, same, constants = executable._executable, {}, {}, {}
+    for name, value in program.constants.items():
+        parts = value.tensors() if callable(value) else [value]
+        keys = [same.setdefault(digest(tensor), f"{name} {i}") for i, tensor in enumerate(parts)]
+        tensors |= {key: t.clone(memory_format=torch.contiguous_format) for key, t in zip(keys, parts, strict=True)}
+        constants[name] = [type(value).__name__, keys]
+    about = {
+        "format": FORMAT,
+        "program": [program.inputs, program.nodes, program.outputs, constants],
+        "executable": to_json({name.lstrip("_"): getattr(executable, name) for name in ATTRIBUTES}),
+    }
+    save_file(safetensors.torch.save(tensors, {"tripy_cpu": json.dumps(about)}), path)
+
+
+def load(path):
+    data = load_file(path)
+    try:
+        about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["tripy_cpu"])
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']}, not {FORMAT}")
+        inputs, nodes, outputs, held = about["program"]
+        tensors = safetensors.torch.load(data)
+        constants = {name: KINDS[kind](*(tensors[key] for key in keys)) for name, (kind, keys) in held.items()}
+        program = Program(inputs, [Node(*n) for n in nodes], outputs, constants)
+        return Executable(program, **from_json(about["executable"]))
+    except (KeyError, TypeError, AttributeError, safetensors.SafetensorError, *ERRORS) as error:
+        raise_error(f"{path} is no executable for the CPU: {error}")
 
 
 def lower(trace):
     """nvtripy's Trace as a Program."""
-    from nvtripy.backend.mlir.utils import OUTPUT_SEPARATOR, map_error_to_user_code_and_raise
-    from nvtripy.trace.ops.constant import Constant
-
     inputs, nodes, constants, shapes = [], [], {}, {}
     uses = Counter(tensor.name for part in (*(op.inputs for op in trace.ops), trace.outputs) for tensor in part)
     for tensor in trace.inputs:
         bounds = getattr((trace.input_infos or {}).get(tensor.name), "shape_bounds", None)
-        low, high = (bounds.min, bounds.max) if bounds else (tensor.shape, tensor.shape)
-        inputs.append(Input(tensor.name, tensor.dtype.name, list(map(int, low)), list(map(int, high))))
-        if inputs[-1].low == inputs[-1].high:
-            shapes[tensor.name] = torch.empty(inputs[-1].low, dtype=DTYPES[tensor.dtype.name], device="meta")
-    caches = {info.name for info in inputs if uses[info.name] == 1}
+        low, high = (list(map(int, b)) for b in ((bounds.min, bounds.max) if bounds else (tensor.shape, tensor.shape)))
+        inputs.append((tensor.name, tensor.dtype.name, low, high))
+        if low == high:
+            shapes[tensor.name] = torch.empty(low, dtype=DTYPES[tensor.dtype.name], device="meta")
+    caches = {name for name, *_ in inputs if uses[name] == 1}
     for op in trace.ops:
         if isinstance(op, Constant):
             op._check_address_space()
@@ -189,13 +187,11 @@ def lower(trace):
 
 
 def as_node(op):
-    from nvtripy.trace.ops.base import TraceOp
-
     name = f"{type(op).__module__.rpartition('.')[2]}.{type(op).__name__}"
     if name not in KERNELS:
         raise NotImplementedError("the CPU has no kernel for this operation")
-    own = {field.name for field in fields(op)} - {field.name for field in fields(TraceOp)}
-    attrs = {key: as_json(getattr(op, key)) for key in own}
+    own = sorted({field.name for field in fields(op)} - {field.name for field in fields(TraceOp)})
+    attrs = json.loads(json.dumps({key: getattr(op, key) for key in own}, default=as_json))  # as if they were saved
     if name == "dequantize.Dequantize":
         attrs["stored"] = op.inputs[0].dtype.name
     return Node(name, attrs, *([tensor.name for tensor in side] for side in (op.inputs, op.outputs)))
@@ -206,11 +202,6 @@ def dense(value):
 
 
 def as_json(value):
-    """An operation's attribute as JSON has it."""
-    if isinstance(value, (list, tuple)):
-        return [as_json(v) for v in value]
-    if value is None or isinstance(value, (bool, float, str)):
-        return value
     return value.name if hasattr(value, "name") and value.name in DTYPES else int(value)
 
 

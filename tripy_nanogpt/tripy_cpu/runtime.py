@@ -9,6 +9,7 @@ import functools
 import sys
 import types
 from importlib.machinery import ModuleSpec
+from itertools import accumulate
 
 import torch
 
@@ -26,7 +27,8 @@ class StandIn(types.ModuleType):
     def __getattr__(self, attr):
         if attr.startswith("__"):
             raise AttributeError(attr)
-        return StandIn(f"{self.__name__}.{attr}")
+        name = f"{self.__name__}.{attr}"
+        return sys.modules.get(name) or StandIn(name)
 
     def __call__(self, *args, **kwargs):
         raise NotImplementedError(f"{self.__name__} needs TensorRT: this is nvtripy on the CPU")
@@ -67,11 +69,12 @@ class Version:
                 self.tensor.index_copy_(dim, places, old)
         return self.tensor
 
-    def write(self, dim, places, value):
-        """The newer tensor. The caller sees to it that nobody else sees the memory."""
-        tensor = self.read()
-        self.newer, self.tensor, self.undo = Version(tensor), None, (dim, places, tensor.index_select(dim, places))
-        return tensor.index_copy_(dim, places, value.expand_as(self.undo[2]))
+
+def write(dim, here, new, version):
+    """The tensor with new where `here` is true along dim. The caller sees to it that nobody else sees the memory."""
+    tensor, places = version.read(), here.flatten().nonzero().flatten()
+    version.newer, version.tensor, version.undo = Version(tensor), None, (dim, places, tensor.index_select(dim, places))
+    return tensor.index_copy_(dim, places, new.expand_as(version.undo[2]))
 
 
 class MemRefValue:
@@ -108,8 +111,7 @@ class RuntimeClient:
         kind = DTYPES[dtype.value]
         data = torch.zeros(shape, dtype=kind)
         if array is not None:
-            stored = torch.int8 if kind is torch.bool else kind
-            data = torch.frombuffer(array, dtype=stored).to(kind, copy=True).reshape(shape)
+            data = torch.frombuffer(array, dtype=kind).reshape(shape).clone()
         return MemRefValue(data, PointerType.host if device is None else PointerType.device, dtype)
 
     def create_memref_view_from_dlpack(self, capsule, assert_canonical_strides=True):
@@ -127,14 +129,6 @@ class RuntimeClient:
 
     def copy_to_device(self, *, host_memref, device, stream=None):
         return MemRefValue(host_memref.data.clone(), PointerType.device, host_memref.dtype)
-
-
-class RuntimeSession:
-    def __init__(self, options, executable):
-        self.program = executable
-
-    def execute_function(self, name, in_args, stream=None, client=None):
-        return self.program(in_args)
 
 
 @functools.cache
@@ -160,23 +154,19 @@ def get_stack_info(include_code_index=None):
 
 
 REGISTRY = "nvtripy.utils.function_registry"
-RUNTIME = (ScalarTypeCode, PointerType, MTRTException, MemRefValue, RuntimeClient, RuntimeSession)
-MODULES = ("", ".runtime", ".runtime.api", ".compiler", ".compiler.api", ".compiler.ir", ".compiler.dialects")
-DIALECTS = ("tensorrt", "func", "affine", "_ods_common")
 
 
-def register(executable):
+def register():
     """Put the stand-ins where nvtripy will import them from."""
     context = types.SimpleNamespace(enable_multithreading=lambda on: None)
+    api = {cls.__name__: cls for cls in (ScalarTypeCode, PointerType, MTRTException, MemRefValue, RuntimeClient)}
+    api |= {"RuntimeSession": lambda options, program: program}
+    api |= {"RuntimeSessionOptions": lambda num_devices=1, device_id=0: None}
     attrs = {
-        ".runtime.api": {cls.__name__: cls for cls in RUNTIME}
-        | {"Executable": executable, "RuntimeSessionOptions": lambda num_devices=1, device_id=0: None},
-        ".compiler.api": {"CompilerClient": lambda context: None},
-        ".compiler.ir": {"Context": lambda: context},
+        "mlir_tensorrt.runtime.api": api,
+        "mlir_tensorrt.compiler.api": {"CompilerClient": lambda context: None},
+        "mlir_tensorrt.compiler.ir": {"Context": lambda: context},
     }
-    names = [f"mlir_tensorrt{name}" for name in (*MODULES, *(f".compiler.dialects.{name}" for name in DIALECTS))]
-    for name in ("tensorrt", "tensorrt.plugin", *names):
-        module = sys.modules[name] = StandIn(name, **attrs.get(name.removeprefix("mlir_tensorrt"), {}))
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
+    for leaf in ("tensorrt.plugin", "mlir_tensorrt.compiler.dialects._ods_common", *attrs):
+        for name in accumulate(leaf.split("."), "{}.{}".format):  # and the packages that it is in
+            sys.modules.setdefault(name, StandIn(name, **attrs.get(name, {})))

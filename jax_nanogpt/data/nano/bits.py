@@ -13,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from shared import begin
+
+begin(__name__)
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt import weight_loader
 from jax_nanogpt.configurator import script
 from jax_nanogpt.data.corpus import arguments, shakespeare

@@ -12,13 +12,17 @@ import json
 import platform
 import random
 import sys
-from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from shared import begin
+
+begin(__name__)
+from itertools import pairwise
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt.configurator import script
 from jax_nanogpt.data.corpus import (
     SHAKESPEARE_SHA256,

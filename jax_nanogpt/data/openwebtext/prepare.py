@@ -9,10 +9,13 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from shared import begin
+
+begin(__name__)
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.data.corpus import keep_tokenizer
 from shared.tokenizer import gpt2_bpe
