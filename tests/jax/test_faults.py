@@ -83,6 +83,23 @@ def test_sigterm_saves_exits_0_and_says_how_to_go_on(run, dataset, tmp_path):
     assert same(state(tmp_path / "whole"), state(tmp_path / "stopped"))
 
 
+@pytest.mark.parametrize("more", [(), ("--init_from=resume",)], ids=["afresh", "resume"])
+def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(more, run, dataset, tmp_path, capsys):
+    first = start(dataset, tmp_path / "out", *OFTEN, "--max_iters=100000", stderr=subprocess.PIPE, text=True)
+    wait_until(first, lambda: came_past(tmp_path / "out" / "metrics.jsonl", 2))
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "out", *OFTEN, "--max_iters=4", *more)
+    refusal = f"out_dir is {tmp_path / 'out'}, where another training is under way\n"
+    assert caught.value.code == 2 and capsys.readouterr().err == refusal
+    first.terminate()
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    last, _ = state(tmp_path / "out")
+    run(tmp_path / "whole", *OFTEN, f"--max_iters={last}")
+    assert losses_of(tmp_path / "whole", "loss") == losses_of(tmp_path / "out", "loss")
+    assert same(state(tmp_path / "whole"), state(tmp_path / "out"))
+
+
 @pytest.fixture(scope="module")
 def two_checkpoints(dataset, tmp_path_factory):
     """A finished run, with checkpoints of iterations 2, 4 and 6; a damaged 6 is to be the unbroken one again."""

@@ -69,9 +69,9 @@ def number(dtype):
 
 
 def other(tensor):
-    """Other data of the same shape: small numbers, which are a token's id, a length and a position alike."""
+    """Other data of the same shape, above zero: small numbers are a token's id, a length and a position alike."""
     if tensor.is_floating_point():
-        return torch.randn_like(tensor)
+        return torch.rand_like(tensor)
     return torch.randint(2, 4, tensor.shape, dtype=tensor.dtype)
 
 

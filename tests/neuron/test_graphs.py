@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +175,11 @@ def damage():
     STEP.with_suffix(".json").write_text("[")
 
 
-@pytest.mark.parametrize("harm", [truncate, replace, orphan, damage])
+def damage_deeply():
+    STEP.with_suffix(".json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize("harm", [truncate, replace, orphan, damage, damage_deeply])
 def test_a_file_that_nobody_vouches_for_is_not_loaded(harm, gpt, monkeypatch):
     make(gpt)
     harm()
@@ -183,6 +188,15 @@ def test_a_file_that_nobody_vouches_for_is_not_loaded(harm, gpt, monkeypatch):
         make(gpt)
     assert "\n" not in str(caught.value) and str(STEP) in str(caught.value)
     monkeypatch.undo()
+
+
+def test_a_run_waits_for_another_that_puts_its_files_in_place(gpt, monkeypatch):
+    """The graph is there already, and its description comes a moment later."""
+    make(gpt)
+    described = STEP.with_suffix(".json").read_bytes()
+    STEP.with_suffix(".json").write_text("{}")
+    threading.Timer(0.2, STEP.with_suffix(".json").write_bytes, [described]).start()
+    assert "reused" in make(gpt)[1][0]
 
 
 def test_recompile_replaces_a_foreign_file(gpt, tmp_path, monkeypatch):

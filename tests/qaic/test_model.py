@@ -236,6 +236,37 @@ def test_an_artifact_that_was_changed_is_not_loaded(tiny, tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda noted: [],
+        lambda noted: noted | {"sha256": []},
+        lambda noted: noted | {"sha256": "program.onnx"},
+        lambda noted: noted | {"sha256": {"program.onnx": noted["sha256"]["program.onnx"]}},
+        lambda noted: noted | {"weights": 5},
+        lambda noted: {name: value for name, value in noted.items() if name != "weights"},
+    ],
+)
+def test_an_artifact_that_is_noted_otherwise_is_not_loaded(tiny, tmp_path, change):
+    folder = compiled(tiny, export_dir=tmp_path, ctx_len=64).qpc_path
+    noted = json.loads((folder / "compile.json").read_text())
+    (folder / "compile.json").write_text(json.dumps(change(noted)))
+    with pytest.raises(ValueError, match="to compile anew"):
+        Session(folder)
+    (folder / "compile.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="to compile anew"):
+        Session(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_an_export_that_was_cut_off_is_not_compiled(tiny, tmp_path, name):
+    path = QEFFAutoModelForCausalLM.from_pretrained(tiny).export(tmp_path).with_name(name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{path.parent} .*: remove it, to export anew") as caught:
+        compiled(tiny, export_dir=tmp_path, ctx_len=64)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_artifact_moves_with_its_export(tiny, tmp_path):
     folder = compiled(tiny, export_dir=tmp_path / "a", ctx_len=64).qpc_path
     first = Session(folder).prefill([[1, 2, 3]])

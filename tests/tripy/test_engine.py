@@ -112,7 +112,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_run_goes_on(tiny, tmp_path, mo
     monkeypatch.setattr(engines.tp.Executable, "save", half)
     engine = fresh(tiny, tmp_path)
     assert engine.prefill(IDS)[0].shape == (60,)
-    assert "cannot be written, so the next run compiles again: No space left" in capsys.readouterr().err
+    assert "json cannot be written: No space left" in capsys.readouterr().err
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
