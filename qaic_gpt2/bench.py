@@ -23,9 +23,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 import numpy as np
 import torch
 import transformers

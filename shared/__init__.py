@@ -7,7 +7,7 @@ import sys
 FIRST, LAST = (3, 11), (3, 13)  # the Pythons that every pin of every project has a wheel for
 
 
-def begin(name):
+def start_script(name):
     """What each script, by its __name__, does before its imports: refuse a Python that they are not made for, and let
     Ctrl-C end in one line while they last, which is seconds.
 

@@ -47,10 +47,10 @@ def test_scripts_were_found_in_every_project():
 def test_the_range_ends_where_it_says(minor, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, minor, 0, "final", 0))
     if 11 <= minor <= 13:
-        shared.begin("a module")
+        shared.start_script("a module")
     else:
         with pytest.raises(SystemExit) as ended:
-            shared.begin("a module")
+            shared.start_script("a module")
         assert ended.value.code == 2
 
 
