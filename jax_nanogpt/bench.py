@@ -21,9 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import check_python
+from shared import start_script
 
-check_python()
+start_script()
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache

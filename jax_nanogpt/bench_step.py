@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import check_python
+from shared import start_script
 
-check_python()
+start_script()
 import flax.linen as nn
 import jax
 import matplotlib

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import check_python
+from shared import start_script
 
-check_python()
+start_script()
 import jax
 from jax.sharding import AbstractMesh, AxisType
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import check_python
+from shared import start_script
 
-check_python()
+start_script()
 import torch
 
 from neuron_nanogpt import weight_loader

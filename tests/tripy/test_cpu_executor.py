@@ -41,7 +41,7 @@ def run(function, *tensors):
 
 def python(code, *path):
     lines = f"import sys; sys.path[:0] = {[*map(str, path), str(ROOT)]}\n{code}"
-    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, encoding="utf-8")
 
 
 # -- where it switches on
@@ -64,7 +64,7 @@ def test_real_installation_is_not_shadowed(tmp_path):
 def test_other_version_is_refused(tmp_path):
     folder = tmp_path / "nvtripy-0.1.6.dist-info"
     folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: nvtripy\nVersion: 0.1.6\n")
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: nvtripy\nVersion: 0.1.6\n", encoding="utf-8")
     done = python("from tripy_nanogpt import tripy_cpu", tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
@@ -479,7 +479,7 @@ def test_save_and_load(tmp_path, kind, fast, monkeypatch):
 
 def test_saved_programs_hold_data_only(tmp_path):
     cached(tmp_path / "a.json")
-    data = base64.b64decode(json.loads((tmp_path / "a.json").read_text())["executable"])
+    data = base64.b64decode(json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["executable"])
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header["__metadata__"]["format"] == "tripy_cpu 2"
     assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F32", "I8", "I32", "BOOL"}
@@ -489,7 +489,7 @@ def test_saved_programs_hold_data_only(tmp_path):
 def test_spoilt_programs_are_refused(tmp_path, spoil):
     path = tmp_path / "a.json"
     cached(path)
-    whole = json.loads(path.read_text())
+    whole = json.loads(path.read_text(encoding="utf-8"))
     data = base64.b64decode(whole["executable"])
     changed = {
         "half": data[: len(data) // 2],
@@ -501,7 +501,7 @@ def test_spoilt_programs_are_refused(tmp_path, spoil):
     }[spoil]
     assert changed != data
     whole["executable"] = base64.b64encode(changed).decode()
-    path.write_text(json.dumps(whole))
+    path.write_text(json.dumps(whole), encoding="utf-8")
     with pytest.raises(tp.TripyException, match="no executable for the CPU"):
         tp.Executable.load(str(path))
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import check_python
+from shared import start_script
 
-check_python()
+start_script()
 from itertools import pairwise
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

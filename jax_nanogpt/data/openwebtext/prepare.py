@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import check_python
+from shared import start_script
 
-check_python()
+start_script()
 import numpy as np
 from tqdm import tqdm
 

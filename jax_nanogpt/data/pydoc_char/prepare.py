@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import check_python
+from shared import start_script
 
-check_python()
+start_script()
 from jax_nanogpt.configurator import fail
 from jax_nanogpt.data.corpus import pydoc_topics, write_characters
 
