@@ -197,7 +197,7 @@ def test_the_pins_that_stand_in_two_places_agree():
 def make(folder, *arguments):
     (folder / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
     env = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-    return subprocess.run(["make", *arguments], cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=folder, env=env, capture_output=True, encoding="utf-8")
 
 
 MISSING = {

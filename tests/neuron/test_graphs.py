@@ -129,7 +129,7 @@ def test_an_artifact_is_used_again(gpt):
 
 def test_the_sidecar_says_what_the_graph_was_made_from(gpt):
     make(gpt, batch=2)
-    sidecar = json.loads(STEP.with_suffix(".json").read_text())
+    sidecar = json.loads(STEP.with_suffix(".json").read_text(encoding="utf-8"))
     assert sidecar["sha256"] == hashlib.sha256(STEP.read_bytes()).hexdigest()
     assert sidecar["inputs"] == [[[2, 1], "torch.int64"], [[2], "torch.int64"]]
     assert sidecar["versions"] == {"torch": torch.__version__} and sidecar["device"] == "cpu"
@@ -172,7 +172,7 @@ def orphan():
 
 
 def damage():
-    STEP.with_suffix(".json").write_text("[")
+    STEP.with_suffix(".json").write_text("[", encoding="utf-8")
 
 
 def damage_deeply():

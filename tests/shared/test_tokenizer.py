@@ -184,7 +184,7 @@ def test_a_disk_that_fills_leaves_the_characters_of_before(tmp_path, monkeypatch
 
 
 def test_gpt2s_weights_without_its_vocabulary_get_gpt2s_own(tmp_path):
-    (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
+    (tmp_path / "config.json").write_text('{"vocab_size": 50257}', encoding="utf-8")
     assert load_tokenizer(tmp_path).encode("hello world") == [31373, 995]
 
 
@@ -192,7 +192,7 @@ def test_gpt2s_weights_without_its_vocabulary_get_gpt2s_own(tmp_path):
     "content", ["", "[1]", '{"chars": 5}', '{"chars": ""}', '{"chars": "aba"}', '{"chars": "a\\ud800"}', "[" * 100_000]
 )
 def test_a_damaged_character_file_is_named(tmp_path, content):
-    (tmp_path / "meta.json").write_text(content)
+    (tmp_path / "meta.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"meta\.json (is not valid JSON|must hold)") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
@@ -266,7 +266,7 @@ def test_a_file_that_is_no_utf8_is_named(small_folder):
 def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         load_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text('{"vocab_size": 65}')
+    (tmp_path / "config.json").write_text('{"vocab_size": 65}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"has no tokenizer: neither vocab\.json and merges\.txt nor meta\.json"):
         load_tokenizer(tmp_path)
 
@@ -283,7 +283,7 @@ def test_reading_a_folder_writes_nothing_and_needs_no_cache(small_folder, tmp_pa
 
 def run(script, **environment):
     env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **environment}
-    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, encoding="utf-8", timeout=60)
 
 
 NO_WHISPER = "import shared.tokenizer as t; t.find_spec = lambda name: None\n"
