@@ -91,7 +91,7 @@ class Characters:
     def save(self, folder: "str | os.PathLike") -> None:
         path = Path(folder, "meta.json")
         beside = path.with_name(f"meta.json.{os.getpid()}")
-        beside.write_text(json.dumps({"chars": self.chars}) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps({"chars": self.chars}) + "\n", encoding="utf-8", newline="\n")
         beside.replace(path)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
