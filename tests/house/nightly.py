@@ -10,7 +10,6 @@ where something broke. The environments are made in .tox/nightly.
 import argparse
 import configparser
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -52,8 +51,7 @@ class Environment:
         self.folder = ROOT / "results" / "nightly" / env
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        scripts = ROOT / ".tox" / "nightly" / env / ("Scripts" if os.name == "nt" else "bin")
-        self.python = scripts / "python"
+        self.python = ROOT / ".tox" / "nightly" / env / "bin" / "python"
 
     def write(self, lines: list[str]) -> Path:
         path = self.folder / "requirements.txt"

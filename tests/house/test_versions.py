@@ -60,5 +60,9 @@ def test_the_range_is_stated(path):
 
 
 def test_the_range_is_tested():
-    tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
-    assert re.findall(r"\[testenv:(\w+)-py3\{([\d,]+)\}\]", tox) == [("shared", "10,12,13"), ("jax", "12,13")]
+    tox, make, ci = ((ROOT / path).read_text("utf-8") for path in ("tox.ini", "Makefile", ".github/workflows/ci.yml"))
+    sections = re.findall(r"\[testenv:(\w+)-py3\{([\d,]+)\}\]", tox)
+    assert sections == [("shared", "10,12,13"), ("jax", "12,13")]
+    for env, minors in sections:
+        for minor in minors.split(","):
+            assert f"{env}-py3{minor}" in make and f'python: "3.{minor}", env: {env}-py3{minor}' in ci

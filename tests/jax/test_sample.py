@@ -168,6 +168,7 @@ def test_the_benchs_peer_is_the_same_model(bias):
 
 
 def test_bench_prints_one_json_document_last(monkeypatch, capsys):
+    pytest.importorskip("torch")
     monkeypatch.setattr(sys, "argv", ["bench.py", "--model=gpt2-nano", "--new-tokens=8"])
     monkeypatch.setattr(bench, "PAIRS", 1)
     bench.main()

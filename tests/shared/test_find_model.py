@@ -88,7 +88,8 @@ def find(*names, setup="", nano=None, **environment):
         "    except ValueError as error: found = [str(error)]\n"
         "    print(json.dumps([*map(str, found), time.perf_counter() - start]))\n"
     )
-    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **environment}
+    system = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}  # Windows needs both
+    env = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", **system, **environment}
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, encoding="utf-8", timeout=120)
     assert result.returncode == 0, result.stderr

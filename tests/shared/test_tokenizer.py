@@ -158,6 +158,7 @@ def test_a_folder_with_characters(tmp_path):
     assert loaded.decode(loaded.encode("我, hello")) == "我, hello"
     assert (loaded.n_vocab, loaded.eot) == (len(set("hello, wörld 我")), None)
     assert os.listdir(tmp_path) == ["meta.json"]
+    assert (tmp_path / "meta.json").read_bytes().endswith(b"}\n")  # on every system
     with pytest.raises(ValueError, match="'Z' is not one of the 11 characters that this model knows"):
         loaded.encode("heZ")
 
@@ -213,6 +214,15 @@ def test_a_small_vocabulary_is_read_line_by_line(small_folder):
     assert bpe.encode("hello") == [258, bpe.encode("o")[0]]
     assert (bpe.n_vocab, bpe.eot) == (260, 259)
     assert bpe.encode("<|endoftext|>", special=True) == [259]
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+def test_another_systems_line_endings_change_nothing(small_folder, file):
+    before = load_tokenizer(small_folder)
+    path = small_folder / file
+    path.write_bytes(b"\r\n".join([*path.read_bytes().splitlines(), b""]))
+    after = load_tokenizer(small_folder)
+    assert after.encode("hello\r\nhell\n") == before.encode("hello\r\nhell\n")
 
 
 def test_new_files_in_the_same_folder_are_read_anew(small_folder):
@@ -282,7 +292,8 @@ def test_reading_a_folder_writes_nothing_and_needs_no_cache(small_folder, tmp_pa
 
 
 def run(script, **environment):
-    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **environment}
+    system = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}  # Windows needs both
+    env = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", **system, **environment}
     return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, encoding="utf-8", timeout=60)
 
 
