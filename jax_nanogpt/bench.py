@@ -22,9 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache

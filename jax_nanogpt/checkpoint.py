@@ -4,8 +4,10 @@ Orbax writes a step into a temporary folder and renames it when every byte is do
 deleted. So a kill at any moment leaves the step before whole. The last two, for a disk may damage one.
 """
 
+import errno
 import json
 import logging
+import os
 import shutil
 import sys
 from operator import itemgetter
@@ -18,6 +20,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 from jax_nanogpt.device import leads
 from jax_nanogpt.files import write_text
@@ -65,6 +72,19 @@ def truncated(folder):
     return f"{wrong[0]} has {now.get(wrong[0], 0)} bytes of {sizes[wrong[0]]}" if wrong else ""
 
 
+def hold(out_dir):
+    """Keeps other processes from training in out_dir, for as long as this one lives: two would mix up one run."""
+    if fcntl is None:
+        return
+    held = os.open(Path(out_dir, "lock"), os.O_WRONLY | os.O_CREAT, 0o644)  # never closed: that would let go
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        raise ValueError(f"out_dir is {out_dir}, where another training is under way") from None
+
+
 class Checkpoints:
     """What an out_dir holds, for one that will "read", "resume" or start "afresh", with a former run's put aside."""
 
@@ -73,6 +93,8 @@ class Checkpoints:
         self.folder = Path(out_dir).resolve() / "checkpoints"
         if purpose != "afresh" and not self.folder.is_dir():
             raise ValueError(f"out_dir is {out_dir}, which holds no checkpoint of train.py")
+        if self.writable and leads():
+            hold(out_dir)
         if purpose == "afresh" and leads():
             self.put_run_aside()
         for step in steps_in(self.folder):

@@ -22,9 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 import numpy as np
 import torch
 from safetensors.torch import save_file

@@ -152,10 +152,11 @@ def build(engine, module, inputs, path, facts, aliases=None, recompile=False, te
         }
     )
     start = time.perf_counter()
-    changed = "it is asked for" if recompile else "" if not path.exists() else difference(path, wanted)
-    if path.exists() and not changed:
-        data, verb = path.read_bytes(), "reused"
-    else:
+    data, verb, changed = None, "reused", "it is asked for" if recompile else ""
+    if path.exists() and not recompile:
+        data, given = vouched(path)
+        changed = difference(given, wanted)
+    if data is None or changed:
         data, verb = traced(engine, module, inputs, aliases or {}), "traced"
         sidecar = {"sha256": hashlib.sha256(data).hexdigest()} | wanted
         write_files({path: data, path.with_suffix(".json"): json.dumps(sidecar, indent=2).encode() + b"\n"})
@@ -171,17 +172,25 @@ def traced(engine, module, inputs, aliases):
     return file.getvalue()
 
 
-def difference(path, wanted):
+def vouched(path):
+    """The artifact's bytes, and what it was made from, by the sidecar that knows these bytes."""
+    sidecar, advice = path.with_suffix(".json"), "delete it, or say --recompile"
+    for pause in (0.1, 0.2, 0.4, 0):  # another run may be putting the two in place
+        data = path.read_bytes()
+        try:
+            given = json.loads(sidecar.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            problem = f"{path} has no readable {sidecar.name} beside it ({error}): {advice}"
+        else:
+            if isinstance(given, dict) and given.get("sha256") == hashlib.sha256(data).hexdigest():
+                return data, given
+            problem = f"{path} is not the file that {sidecar.name} describes (its SHA-256 is another): {advice}"
+        time.sleep(pause)
+    raise ValueError(problem)
+
+
+def difference(given, wanted):
     """What the artifact was made from that is different now, in words; nothing if it can be used as it is."""
-    sidecar = path.with_suffix(".json")
-    advice = "delete it, or say --recompile"
-    try:
-        given = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has no readable {sidecar.name} beside it ({error}): {advice}") from None
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not isinstance(given, dict) or given.get("sha256") != digest:
-        raise ValueError(f"{path} is not the file that {sidecar.name} describes (its SHA-256 is another): {advice}")
     for key, value in wanted.items():
         if key != "model" and given.get(key) != value:
             opaque = key in ("weights", "code")

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 import torch
 
 from neuron_nanogpt import weight_loader

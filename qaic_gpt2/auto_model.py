@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 
 from qaic_gpt2 import compiler, exporter, model, weight_loader
 from qaic_gpt2.files import sha256, written_beside
@@ -64,8 +63,9 @@ class QEFFAutoModelForCausalLM:
         key = hashlib.sha256(made_of.encode())
         folder = Path(export_dir or home(), f"GPT2LMHeadModel-{key.hexdigest()[:16]}")
         if not folder.is_dir():
+            gpt = weight_loader.load(self.folder, self.dtype)
             with written_beside(folder) as temporary:
-                exporter.export(weight_loader.load(self.folder, self.dtype), temporary)
+                exporter.export(gpt, temporary)
         self.onnx_path = folder / exporter.GRAPH
         return self.onnx_path
 
@@ -105,7 +105,7 @@ class QEFFAutoModelForCausalLM:
         card = {"num_cores": num_cores, "num_devices": num_devices, "mxfp6_matmul": mxfp6_matmul}
         card |= {"mxint8_kv_cache": mxint8_kv_cache} | compiler_options
         record = {"engine": ENGINE, "sizes": sizes, "int8_matmul": int8_matmul, "for_the_card": card}
-        record["onnx"] = {path.name: sha256(path) for path in self._exported_files(onnx_path)}
+        record["onnx"] = self._hashes(onnx_path)
         key = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = Path(compile_dir or onnx_path.parent, f"qpc-{key}")
         if not folder.is_dir():
@@ -116,13 +116,21 @@ class QEFFAutoModelForCausalLM:
         print(f"compiled for {ENGINE} on this CPU; noted for a card, and without effect here: {idle}")
         return folder
 
-    @staticmethod
-    def _exported_files(onnx_path):
-        try:
+    def _hashes(self, onnx_path):
+        """The SHA-256 of a graph's files; a ValueError where those of export are not those that it wrote."""
+        folder = onnx_path.parent
+        if onnx_path != self.onnx_path:  # the caller's own
             tensors = onnx.load(onnx_path, load_external_data=False).graph.initializer
-        except DecodeError as error:
-            raise ValueError(f"onnx_path is {onnx_path}, which cannot be read: {error}; remove its folder") from None
-        return [onnx_path, *(onnx_path.parent / name for name in sorted({*map(exporter.location, tensors)} - {None}))]
+            names = [onnx_path.name, *sorted({*map(exporter.location, tensors)} - {None})]
+            return {name: sha256(folder / name) for name in names}
+        try:
+            noted = json.loads((folder / exporter.SIDECAR).read_text(encoding="utf-8"))
+            found = {name: sha256(folder / name) for name in (exporter.GRAPH, exporter.WEIGHTS)}
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{folder} is no export that can be read ({error}): remove it, to export anew") from None
+        if found != noted:
+            raise ValueError(f"{folder} is not what was exported (SHA-256): remove it, to export anew")
+        return found
 
     @property
     def session(self):

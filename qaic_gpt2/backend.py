@@ -27,7 +27,7 @@ def missing():
     if find_spec("qaicrt") is None and not any(library.glob("qaicrt*")):
         return f"{library} holds no qaicrt: install the Cloud AI Platform SDK, {SDK_PAGE}"
     try:
-        listed = subprocess.run([SDK / "tools/qaic-util", "-q"], capture_output=True, text=True, timeout=10)
+        listed = subprocess.run([SDK / "tools/qaic-util", "-q"], capture_output=True, encoding="utf-8", timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{SDK}/tools/qaic-util -q fails ({type(error).__name__}): install the Cloud AI Platform SDK, {SDK_PAGE}"
     if listed.returncode or "Status:Ready" not in listed.stdout:

@@ -23,9 +23,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 import numpy as np
 import torch
 import transformers
@@ -88,7 +88,7 @@ def export_in_a_process(folder):
         print(exported - start, time.perf_counter() - exported)
     """
     command = [sys.executable, "-c", code, folder]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent).stdout
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", cwd=HERE.parent).stdout
     export_s, compile_s = map(float, printed.splitlines()[-1].split())
     peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
     return round(export_s, 1), round(compile_s, 1), peak_mb

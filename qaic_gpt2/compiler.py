@@ -79,7 +79,10 @@ def optimize(onnx_path, folder):
     options.optimized_model_filepath = str(folder / PROGRAM)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", SCRATCH)
     options.add_session_config_entry("session.disable_prepacking", "1")
-    onnxruntime.InferenceSession(onnx_path, options, providers=["CPUExecutionProvider"])
+    try:
+        onnxruntime.InferenceSession(onnx_path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has kinds of its own, for a full disk too
+        raise ValueError(f"{onnx_path} cannot be compiled: {' '.join(str(error).split())}") from None
     given = {tensor.name: tensor for tensor in onnx.load(onnx_path, load_external_data=False).graph.initializer}
     program = onnx.load(folder / PROGRAM, load_external_data=False)
     for tensor in program.graph.initializer:

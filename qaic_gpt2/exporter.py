@@ -5,14 +5,18 @@ tensor, no limit of 2 GB applies, and nothing holds the weights twice.
 """
 
 import io
+import json
 import warnings
 
 import onnx
 import torch
 
+from qaic_gpt2.files import sha256
+
 OPSET = 17  # of QEfficient's exports
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
+SIDECAR = "export.json"  # the SHA-256 of the two
 PAGE = 4096  # each tensor begins on one, to be mapped
 
 
@@ -36,6 +40,8 @@ def export(model, folder):
         for name, parameter in parameters.items():
             add_external(graph.graph, name, parameter.numpy(), file)
     onnx.save(graph, folder / GRAPH)
+    hashes = {name: sha256(folder / name) for name in (GRAPH, WEIGHTS)}
+    (folder / SIDECAR).write_text(json.dumps(hashes, indent=4) + "\n", encoding="utf-8")
     return folder / GRAPH
 
 

@@ -21,6 +21,8 @@ def written_beside(path):
         except OSError:
             if not path.is_dir():
                 raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

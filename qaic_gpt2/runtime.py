@@ -20,17 +20,18 @@ NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def read(folder):
-    """(program, sidecar) of an artifact whose files are those that compile noted; a ValueError for others."""
+    """(program, the folder of its weights) of an artifact whose files are those that compile noted; a ValueError for
+    others."""
     try:
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-        program = (folder / PROGRAM).read_bytes()
-        hashes = {name: sha256(folder / name) for name in sidecar["sha256"]}
+        program, noted, weights = (folder / PROGRAM).read_bytes(), dict(sidecar["sha256"]), folder / sidecar["weights"]
+        hashes = {name: sha256(folder / name) for name in {*noted, SPECIALIZATIONS}}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder} is no artifact that can be read ({error}): remove it, to compile anew") from None
     hashes[PROGRAM] = hashlib.sha256(program).hexdigest()  # of what will run, and not of what lies there later
-    if wrong := [name for name, value in hashes.items() if value != sidecar["sha256"].get(name)]:
+    if wrong := sorted(name for name, value in hashes.items() if value != noted.get(name)):
         raise ValueError(f"{folder}: {wrong[0]} is not what was compiled (SHA-256): remove the folder, to compile anew")
-    return program, sidecar
+    return program, weights
 
 
 class Session:
@@ -38,14 +39,13 @@ class Session:
 
     def __init__(self, folder):
         folder = Path(folder)
-        program, sidecar = read(folder)
+        program, self.weights = read(folder)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         # threads wait asleep: on idle cores as fast as spinning, beside other work 21 ms a token where that takes 37
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # compile did it
-        self.weights = folder / sidecar["weights"]
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.weights))
         self.session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
         shapes = json.loads((folder / SPECIALIZATIONS).read_text(encoding="utf-8"))["specializations"]

@@ -92,7 +92,7 @@ class Characters:
         path = Path(folder, "meta.json")
         beside = path.with_name(f"meta.json.{os.getpid()}.part")
         try:
-            beside.write_text(json.dumps({"chars": self.chars}) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps({"chars": self.chars}) + "\n", encoding="utf-8", newline="\n")
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def choose_device(name, fast=False):
 def _gpu_name():
     command = ["nvidia-smi", "--id=0", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "an NVIDIA GPU"
 

@@ -124,7 +124,8 @@ class Engine:
         try:
             self._save(name, executable)
         except OSError as error:
-            print(f"{self.folder} cannot be written, so the next run compiles again: {error}", file=sys.stderr)
+            if len(self.compiled) == 1:  # the others fare alike
+                print(f"the next run compiles again: {error}", file=sys.stderr)
         return executable
 
     def _save(self, name, executable):
@@ -132,8 +133,14 @@ class Engine:
         path = self.folder / f"{name}.executable"
         digest = path.with_suffix(".sha256")
         digest.unlink(missing_ok=True)  # until both files are new, there is no executable
-        write_beside(path, lambda part: executable.save(str(part)))
-        write_beside(digest, lambda part: part.write_text(sha256(path) + "\n", encoding="utf-8"))
+        made = []
+
+        def write(part):
+            executable.save(str(part))
+            made.append(sha256(part))
+
+        write_beside(path, write)
+        write_beside(digest, lambda part: part.write_text(f"{made[0]}\n", encoding="utf-8"))
 
     def _load(self, name):
         path = self.folder / f"{name}.executable"

@@ -35,7 +35,7 @@ SLOW_LIMIT_S = 5400
 
 def _prints(pattern: str, *command: str) -> bool:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return result.returncode == 0 and re.search(pattern, result.stdout) is not None

@@ -192,12 +192,12 @@ def test_models_of_the_hub_are_there_for_the_blocks_that_declare_them(tmp_path, 
 def test_a_block_runs_once_before_the_one_that_needs_it(tmp_path):
     markdown = bash("echo x >> made") + "<!-- Needs: the block above -->\n" + bash("cat made") + text("x")
     path = tmp_path / "README.md"
-    path.write_text(markdown)
+    path.write_text(markdown, encoding="utf-8")
     first, second = parse(path)
     runner = Runner()
     assert runner.outcome(second) == ("passed", "")
     assert runner.outcome(first) == ("passed", "")
-    assert (tmp_path / "made").read_text() == "x\n"
+    assert (tmp_path / "made").read_text(encoding="utf-8") == "x\n"
 
 
 def test_a_block_that_needs_a_skipped_one_is_skipped_by_the_same_name(tmp_path):
@@ -281,9 +281,9 @@ def test_the_source_documents_markup_is_understood(tmp_path):
 
 
 def run_pytest(tmp_path, markdown, *arguments):
-    (tmp_path / "README.md").write_text(markdown)
+    (tmp_path / "README.md").write_text(markdown, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "tests/docs/test_readme.py", "-v", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=os.environ | {"COLUMNS": "200"})
 
 
 def test_each_block_has_its_line_for_an_id_and_names_what_it_left(tmp_path):

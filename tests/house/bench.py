@@ -72,7 +72,9 @@ def run(python: Path, folder: Path, words: list[str]) -> dict:
     """Shows what bench.py prints as it comes; its last line is the document, its first ones tell the bandwidth."""
     start, lines = time.perf_counter(), []
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUTF8": "1"}
-    with subprocess.Popen([python, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [python, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, encoding="utf-8"
+    ) as process:
         try:
             for line in process.stdout:
                 lines.append(line)

@@ -20,7 +20,7 @@ def files(root: Path) -> list[Path]:
     """What git tracks or would add, relative to the root: a stray folder that git ignores is nobody's project."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+        listed = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):  # no git, or an unpacked archive
         listed = [path.relative_to(root).as_posix() for path in root.rglob("*")]
     return [Path(name) for name in sorted({*listed} - {""}) if (root / name).is_file()]

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from house import ROOT, complaints, projects
+from house import ROOT, complaints, files, projects
 
 
 def test_this_house_is_in_order():
@@ -188,7 +188,9 @@ def test_the_pins_that_stand_in_two_places_agree():
 
     assert len(pins("tox.ini", "ruff")) == len(pins("tox.ini", "tox")) == 1
     assert pins("tox.ini", "ruff") == pins(".pre-commit-config.yaml", "ruff")
-    assert pins("tox.ini", "tox") == pins("Makefile", "tox")
+    workflows = [path.as_posix() for path in files(ROOT) if path.parts[:2] == (".github", "workflows")]
+    for path in ("Makefile", *workflows):
+        assert pins("tox.ini", "tox") == pins(path, "tox"), path
 
 
 # -- make, on a machine that lacks something
@@ -197,7 +199,7 @@ def test_the_pins_that_stand_in_two_places_agree():
 def make(folder, *arguments):
     (folder / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
     env = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-    return subprocess.run(["make", *arguments], cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=folder, env=env, capture_output=True, encoding="utf-8")
 
 
 MISSING = {

@@ -37,5 +37,5 @@ def same(one, other):
 
 
 def losses_of(out_dir, kind="val_loss"):
-    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["iter"]: row[kind] for row in rows if kind in row}

@@ -33,7 +33,7 @@ def grows(path):
 
 
 def came_past(metrics, iteration):
-    rows = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    rows = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.exists() else []
     return bool(rows) and json.loads(rows[-1])["iter"] > iteration
 
 
@@ -70,7 +70,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_unbroken_run(request, ru
 
 
 def test_sigterm_saves_exits_0_and_says_how_to_go_on(run, dataset, tmp_path):
-    process = start(dataset, tmp_path / "stopped", "--max_iters=100000", stderr=subprocess.PIPE, text=True)
+    process = start(dataset, tmp_path / "stopped", "--max_iters=100000", stderr=subprocess.PIPE, encoding="utf-8")
     wait_until(process, lambda: came_past(tmp_path / "stopped" / "metrics.jsonl", 0))
     process.terminate()
     _, errors = process.communicate(timeout=120)
@@ -81,6 +81,23 @@ def test_sigterm_saves_exits_0_and_says_how_to_go_on(run, dataset, tmp_path):
     run(tmp_path / "stopped", end, "--init_from=resume")
     run(tmp_path / "whole", end)
     assert same(state(tmp_path / "whole"), state(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("more", [(), ("--init_from=resume",)], ids=["afresh", "resume"])
+def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(more, run, dataset, tmp_path, capsys):
+    first = start(dataset, tmp_path / "out", *OFTEN, "--max_iters=100000", stderr=subprocess.PIPE, text=True)
+    wait_until(first, lambda: came_past(tmp_path / "out" / "metrics.jsonl", 2))
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "out", *OFTEN, "--max_iters=4", *more)
+    refusal = f"out_dir is {tmp_path / 'out'}, where another training is under way\n"
+    assert caught.value.code == 2 and capsys.readouterr().err == refusal
+    first.terminate()
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    last, _ = state(tmp_path / "out")
+    run(tmp_path / "whole", *OFTEN, f"--max_iters={last}")
+    assert losses_of(tmp_path / "whole", "loss") == losses_of(tmp_path / "out", "loss")
+    assert same(state(tmp_path / "whole"), state(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +168,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_ends_the_run_in_one_line_and_with_room_it_goes_on(small_disk, run, dataset, tmp_path):
     disk, make_room = small_disk
-    process = start(dataset, disk / "out", *OFTEN, "--max_iters=20", stderr=subprocess.PIPE, text=True)
+    process = start(dataset, disk / "out", *OFTEN, "--max_iters=20", stderr=subprocess.PIPE, encoding="utf-8")
     _, errors = process.communicate(timeout=120)
     good, _ = state(disk / "out")
     assert process.returncode == 1 and "Traceback" not in errors

@@ -81,6 +81,7 @@ def test_remat_learns_the_same_and_keeps_less_for_the_backward_pass(params):
 
 
 def test_the_measuring_script_runs_with_its_peer(capsys, monkeypatch):
+    pytest.importorskip("torch")
     flags = ["--shape=tiny", "--batch=2", "--block_size=16", "--iters=2", "--new-tokens=4", "--peak=1", "--device=cpu"]
     monkeypatch.setattr(bench_gpu, "PAIRS", 1)
     monkeypatch.setattr("sys.argv", ["bench_gpu.py", *flags])

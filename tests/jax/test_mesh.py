@@ -46,7 +46,7 @@ def on_eight(dataset, tmp_path_factory):
     given = {str(folder / name): [*TINY, *SHORT, f"--dataset={dataset}", *flags] for name, flags in runs.items()}
     devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
     command = [sys.executable, "-c", ON_EIGHT, json.dumps(given)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=devices)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=400, env=devices)
     assert result.returncode == 0, result.stderr
     return folder, [line for line in result.stdout.splitlines() if line.startswith("GPT")]
 

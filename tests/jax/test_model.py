@@ -95,7 +95,9 @@ def test_what_is_written_loads_in_transformers(bias, tmp_path):
 
 
 def test_a_model_on_gpt2s_tokens_is_written_with_gpt2s_vocabulary(tmp_path):
-    (tmp_path / "config.json").write_text('{"vocab_size": 50257}')  # how a dataset in GPT-2's tokens is known
+    (tmp_path / "config.json").write_text(
+        '{"vocab_size": 50257}', encoding="utf-8"
+    )  # how a dataset in GPT-2's tokens is known
     config = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8)
     weight_loader.save(tmp_path / "out", config, init_params(config, jax.random.key(0)), tmp_path, 50256)
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -118,7 +120,7 @@ def test_a_checkpoint_in_shards_loads(tiny_folder, tmp_path):
     tensors = list(load_file(tiny_folder / "model.safetensors").items())
     save_file(dict(tensors[:9]), tmp_path / "model-00001-of-00002.safetensors")
     save_file(dict(tensors[9:]), tmp_path / "model-00002-of-00002.safetensors")
-    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     assert jax.tree.all(jax.tree.map(np.array_equal, weight_loader.load(tmp_path), weight_loader.load(tiny_folder)))
 
 
@@ -138,15 +140,15 @@ def test_a_checkpoint_in_shards_loads(tiny_folder, tmp_path):
     ],
 )
 def test_a_checkpoint_that_is_another_model_is_refused(change, complaint, tiny_folder, tmp_path):
-    config = json.loads((tiny_folder / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8")) | change
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=re.escape(complaint)):
         weight_loader.load(tmp_path)
 
 
 def test_damaged_weights_are_refused_in_one_line(tiny_folder, tmp_path):
-    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match="holds no model.safetensors"):
         weight_loader.load(tmp_path)
     whole = (tiny_folder / "model.safetensors").read_bytes()

@@ -47,7 +47,7 @@ def wait_for_checkpoint(process, out_dir, iteration):
 
 def children(process):
     """The processes that a launcher started, in their order."""
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     return sorted(map(int, found))
 
 
@@ -138,14 +138,16 @@ def test_a_process_reads_the_examples_of_its_own_devices():
     devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     where = f"127.0.0.1:{free_port()}"
     commands = [[sys.executable, "-c", READS, where, str(i)] for i in range(2)]
-    processes = [subprocess.Popen(command, env=devices, stdout=subprocess.PIPE, text=True) for command in commands]
+    processes = [
+        subprocess.Popen(command, env=devices, stdout=subprocess.PIPE, encoding="utf-8") for command in commands
+    ]
     rows = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
     assert rows == ["[0, 1, 2, 3]", "[4, 5, 6, 7]"]
 
 
 def test_a_cluster_that_is_not_there_ends_in_one_line_and_status_2(dataset, tmp_path):
     command = [sys.executable, SCRIPT, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'none'}"]
-    result = subprocess.run([*command, "--coordinator=auto"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, "--coordinator=auto"], capture_output=True, encoding="utf-8", timeout=120)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
     assert result.stderr.startswith("coordinator is auto, where the processes do not find each other: ")
 

@@ -96,6 +96,7 @@ def test_the_device_chosen_decides_not_the_best_there_is(monkeypatch):
 
 
 def test_the_ideas_are_timed_on_programs_that_differ_and_learn_the_same(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("torch")
     monkeypatch.setattr(bench_step, "ROUNDS", 1)
     monkeypatch.setattr("sys.argv", ["bench_step.py", f"--to={tmp_path / 'step.png'}"])
     texts = []

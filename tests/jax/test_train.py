@@ -177,7 +177,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_costs_no_checkpoint(run, tmp_
     with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at iteration .*last good checkpoint: iteration 10 in"):
         run(tmp_path, "--max_iters=40", "--init_from=resume", "--learning_rate=1e38", "--min_lr=1e38", "--grad_clip=0")
     assert Checkpoints(tmp_path).last() == Checkpoints(tmp_path).best() == 10
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
 
 
 def test_fresh_starts_that_come_to_nothing_leave_the_former_run_aside(run, tmp_path):
@@ -191,7 +191,7 @@ def test_fresh_starts_that_come_to_nothing_leave_the_former_run_aside(run, tmp_p
 
 
 def test_a_new_run_leaves_nothing_of_the_former_tokenizer(run, tmp_path):
-    (tmp_path / "vocab.json").write_text("of another model")
+    (tmp_path / "vocab.json").write_text("of another model", encoding="utf-8")
     run(tmp_path, "--max_iters=2")
     assert not (tmp_path / "vocab.json").exists() and (tmp_path / "meta.json").exists()
 
@@ -209,8 +209,10 @@ def test_tokens_that_the_tokenizer_does_not_know_are_refused(run, dataset, tmp_p
 
 def test_an_interrupt_saves_and_says_how_to_go_on(run, dataset, tmp_path):
     command = [sys.executable, SCRIPT, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "metrics.jsonl").exists() or '"iter": 20,' not in (tmp_path / "metrics.jsonl").read_text():
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
+    while not (tmp_path / "metrics.jsonl").exists() or '"iter": 20,' not in (tmp_path / "metrics.jsonl").read_text(
+        encoding="utf-8"
+    ):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

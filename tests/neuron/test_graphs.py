@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_an_artifact_is_used_again(gpt):
 
 def test_the_sidecar_says_what_the_graph_was_made_from(gpt):
     make(gpt, batch=2)
-    sidecar = json.loads(STEP.with_suffix(".json").read_text())
+    sidecar = json.loads(STEP.with_suffix(".json").read_text(encoding="utf-8"))
     assert sidecar["sha256"] == hashlib.sha256(STEP.read_bytes()).hexdigest()
     assert sidecar["inputs"] == [[[2, 1], "torch.int64"], [[2], "torch.int64"]]
     assert sidecar["versions"] == {"torch": torch.__version__} and sidecar["device"] == "cpu"
@@ -171,10 +172,14 @@ def orphan():
 
 
 def damage():
-    STEP.with_suffix(".json").write_text("[")
+    STEP.with_suffix(".json").write_text("[", encoding="utf-8")
 
 
-@pytest.mark.parametrize("harm", [truncate, replace, orphan, damage])
+def damage_deeply():
+    STEP.with_suffix(".json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize("harm", [truncate, replace, orphan, damage, damage_deeply])
 def test_a_file_that_nobody_vouches_for_is_not_loaded(harm, gpt, monkeypatch):
     make(gpt)
     harm()
@@ -183,6 +188,15 @@ def test_a_file_that_nobody_vouches_for_is_not_loaded(harm, gpt, monkeypatch):
         make(gpt)
     assert "\n" not in str(caught.value) and str(STEP) in str(caught.value)
     monkeypatch.undo()
+
+
+def test_a_run_waits_for_another_that_puts_its_files_in_place(gpt, monkeypatch):
+    """The graph is there already, and its description comes a moment later."""
+    make(gpt)
+    described = STEP.with_suffix(".json").read_bytes()
+    STEP.with_suffix(".json").write_text("{}")
+    threading.Timer(0.2, STEP.with_suffix(".json").write_bytes, [described]).start()
+    assert "reused" in make(gpt)[1][0]
 
 
 def test_recompile_replaces_a_foreign_file(gpt, tmp_path, monkeypatch):

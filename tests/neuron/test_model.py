@@ -97,15 +97,15 @@ def test_padded_keeps_the_end_of_a_long_text():
     ],
 )
 def test_a_checkpoint_that_is_another_model_is_refused(change, complaint, tiny, tmp_path):
-    config = json.loads((tiny[0] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    config = json.loads((tiny[0] / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     save_file(load_file(tiny[0] / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=complaint):
         weight_loader.load(tmp_path)
 
 
 def test_damaged_weights_are_refused(tiny, tmp_path):
-    (tmp_path / "config.json").write_text((tiny[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text((tiny[0] / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
         weight_loader.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tiny[0] / "model.safetensors").read_bytes()[:-100])

@@ -47,7 +47,7 @@ def test_what_is_asked_of_the_compiler(run, neuron):
     assert not decode.inline and not prefill.inline
     assert decode.names == [f"cache.{i}" for i in range(8)] and prefill.names == []
     assert neuron.moved == [0, 0]
-    sidecar = json.loads(Path("gpt2_step_neuron.json").read_text())
+    sidecar = json.loads(Path("gpt2_step_neuron.json").read_text(encoding="utf-8"))
     assert sidecar["compiler_args"] == decode.args and sidecar["target"] == "trn1"
 
 

@@ -39,7 +39,7 @@ def run(monkeypatch, capsys):
 
 
 def test_the_example_runs_without_arguments():
-    result = subprocess.run(command(), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command(), capture_output=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0 and result.stderr == ""
     first, *graphs = result.stdout.splitlines()[:3]
     assert first.startswith("gpt2") and " on cpu: TorchScript of torch 2." in first and "torch-neuronx" in first
@@ -151,13 +151,13 @@ def test_the_baseline_refuses_in_one_line_too(flags, complaint, run, monkeypatch
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     pipe = " ".join(command(NANO, "--max-new-tokens=30")) + " | head -n 1"
-    result = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(["bash", "-c", pipe], capture_output=True, encoding="utf-8", timeout=300)
     assert result.stdout.startswith("gpt2-nano") and result.stderr == ""
 
 
 def test_an_interrupt_is_one_line_and_status_130():
     flags = command(NANO, "--max-new-tokens=100000", "--ignore-eos")
-    with subprocess.Popen(flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
         for line in process.stdout:
             if line.startswith("logits differ"):
                 break

@@ -3,8 +3,8 @@
 Root's own runs would prove nothing: they are made without root's capabilities, and then permissions bind root too.
 """
 
-import os
 import resource
+import subprocess
 from contextlib import contextmanager
 
 import pytest
@@ -40,7 +40,12 @@ def without(permissions, path):
         path.chmod(mode)
 
 
-READ, WRITE = 0o444, 0o222
+READ, WRITE, ENTER = 0o444, 0o222, 0o111
+
+
+def full_after(size):
+    """A disk on which no file can grow further: in a child, before it executes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def assert_refused(answer, name):
@@ -48,36 +53,64 @@ def assert_refused(answer, name):
     assert status == 2 and errors.count("\n") == 1 and name in errors, errors
 
 
-def test_permissions_bind_in_these_tests(places, tmp_path):
+def test_permissions_bind_in_these_tests(tmp_path):
     """Else the others would prove nothing."""
     (tmp_path / "file").write_text("", encoding="utf-8")
     with without(READ, tmp_path / "file"):
-        child = os.posix_spawn  # noqa: F841
+        child = subprocess.run(["cat", tmp_path / "file"], preexec_fn=as_a_user, capture_output=True)
+    assert child.returncode and b"Permission denied" in child.stderr
 
 
-@pytest.mark.parametrize("what", ["weights", "config", "folder"])
+@pytest.mark.parametrize("what", ["model.safetensors", "."])
 @pytest.mark.parametrize("project", EXAMPLES)
 def test_a_model_that_cannot_be_read_is_named(project, what, places):
     place = places(project)
-    path = {"weights": place.model / "model.safetensors", "config": place.model / "config.json"}.get(what, place.model)
-    with without(READ, path):
-        assert_refused(place.run(preexec_fn=as_a_user), str(path))
+    with without(READ | ENTER, place.model / what):
+        assert_refused(place.run(preexec_fn=as_a_user), str(place.model / what))
     assert not place.stray()
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
 def test_a_dump_into_a_folder_that_cannot_be_written_is_named(project, places):
     place = places(project)
-    (place.work / "closed").mkdir(exist_ok=True)
-    with without(WRITE, place.work / "closed"):
-        assert_refused(place.run(dump="closed/dump.npz", preexec_fn=as_a_user), "closed/dump.npz")
-    assert not place.stray() and not [*(place.work / "closed").iterdir()]
+    closed = place.work / "closed"
+    closed.mkdir()
+    with without(WRITE, closed):
+        assert_refused(place.run(dump="closed/dump.npz", preexec_fn=as_a_user), "closed/dump.npz cannot be written: ")
+    assert not place.stray() and not [*closed.iterdir()]
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
 def test_a_dump_to_a_full_disk_leaves_the_old_one(project, places):
     place = places(project)
     (place.work / "dump.npz").write_bytes(b"the old one")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    assert_refused(place.run(preexec_fn=limit), "dump.npz cannot be written: ")
+    assert_refused(place.run(preexec_fn=full_after(100_000)), "dump.npz cannot be written: ")
     assert (place.work / "dump.npz").read_bytes() == b"the old one" and not place.stray()
+
+
+# -- where a project keeps what it compiled
+
+KEPT = {
+    "jax_nanogpt": ("home", None),  # it goes on, and compiles again the next time
+    "neuron_nanogpt": ("work", "gpt2_step_neuron.pt"),
+    "qaic_gpt2": ("home", "qeff"),
+    "tripy_nanogpt": ("root/tripy_nanogpt", "executables"),  # and this one says so
+}
+
+
+@pytest.mark.parametrize("project", EXAMPLES)
+def test_where_nothing_can_be_kept_it_says_so(project, pythons, tmp_path, right_text):
+    """In a folder that cannot be written, and on a disk that is full."""
+    place = Place(project, pythons(project), tmp_path)
+    folder, named = KEPT[project]
+    with without(WRITE, tmp_path / folder):
+        closed = place.run(dump=tmp_path / "dump.npz", preexec_fn=as_a_user)
+    full = place.run(dump="/dev/null", preexec_fn=full_after(20_000))
+    for status, out, errors in closed, full:
+        if project in GOES_ON:
+            assert status == 0 and right_text in out
+            assert errors.count("\n") == 0 if named is None
+        else:
+            assert_refused((status, out, errors), named)
+    assert not place.stray()
+    assert place.run()[::2] == (0, "")

@@ -102,10 +102,10 @@ def sdk(tmp_path, monkeypatch):
     """A machine with the SDK, QEfficient and a card, as far as this project can see."""
     for name in ("exec/qaic-compile", f"dev/lib/{backend.platform.machine()}/qaicrt.so"):
         (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     (tmp_path / "tools").mkdir()
     util = tmp_path / "tools/qaic-util"
-    util.write_text(f"#!/bin/sh\ntest \"$1\" = -q && printf '{LISTED}'\n")
+    util.write_text(f"#!/bin/sh\ntest \"$1\" = -q && printf '{LISTED}'\n", encoding="utf-8")
     util.chmod(0o755)
     monkeypatch.setattr(backend, "SDK", tmp_path)
     names = {
@@ -208,6 +208,6 @@ def test_what_is_missing_is_named_with_what_to_install(sdk, monkeypatch, capsys,
 
 @pytest.mark.parametrize(("script", "complaint"), [("exit 1", "lists no card"), ("echo Status:Error", "lists no card")])
 def test_a_card_that_is_not_ready_is_no_card(sdk, script, complaint):
-    (sdk / "tools/qaic-util").write_text(f"#!/bin/sh\n{script}\n")
+    (sdk / "tools/qaic-util").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=complaint):
         backend.choose("qaic")

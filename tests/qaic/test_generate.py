@@ -54,7 +54,7 @@ def greedy(reference, ids, count):
 
 def run(*flags, script="example.py", cwd=PROJECT):
     command = [sys.executable, os.path.relpath(PROJECT / script, cwd), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=300)
 
 
 def test_the_four_lines_work_without_an_export(tokenizer, reference, capsys):
@@ -228,7 +228,7 @@ def test_end_of_text_ends_a_text_unless_ignored(tmp_path, capsys, monkeypatch):
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} example.py --model=gpt2-nano | head -n 1"
-    result = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, encoding="utf-8", timeout=300)
     assert result.stdout.startswith("gpt2-nano") and result.stderr == ""
 
 
@@ -236,7 +236,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing_half_written(tmp_path):
     environment = {**os.environ, "QEFF_HOME": str(tmp_path)}
     command = [sys.executable, "example.py", "--model=gpt2-nano", "--ignore-eos", f"--dump={tmp_path / 'd.npz'}"]
     started = subprocess.Popen(
-        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
     started.stdout.readline()  # it found its model, and exports now
     started.send_signal(signal.SIGINT)
@@ -277,7 +277,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, complaint, monkeypatch, capsy
 
 
 def test_a_home_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("QEFF_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(sys, "argv", ["example.py", "--model=gpt2-nano"])
     with pytest.raises(SystemExit) as caught:

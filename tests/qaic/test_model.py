@@ -63,7 +63,7 @@ def test_a_changed_model_is_exported_again(tiny, tmp_path):
     )
 
     def export():
-        return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+        return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, encoding="utf-8")
 
     first = export()
     assert export() == first
@@ -179,7 +179,7 @@ def test_int8_stores_a_quarter_and_the_tied_table_once(tiny):
 
 def test_the_artifact_is_in_the_compilers_formats(tiny):
     folder = compiled(tiny, prefill_seq_len=16, ctx_len=64, batch_size=2, num_cores=14, mxfp6_matmul=True).qpc_path
-    shapes = json.loads((folder / "specializations.json").read_text())
+    shapes = json.loads((folder / "specializations.json").read_text(encoding="utf-8"))
     sizes = {"batch_size": "2", "ctx_len": "64"}
     assert shapes == {
         "specializations": [
@@ -187,20 +187,22 @@ def test_the_artifact_is_in_the_compilers_formats(tiny):
             {"name": "Decode", "symbols": sizes | {"seq_len": "1"}},
         ]
     }
-    entries = yaml.safe_load((folder / "custom_io.yaml").read_text())
+    entries = yaml.safe_load((folder / "custom_io.yaml").read_text(encoding="utf-8"))
     assert [*entries[0]] == ["IOName", "Precision"] and {entry["Precision"] for entry in entries} == {"float16"}
     graph = onnx.load(folder.parent / "model.onnx", load_external_data=False).graph
     names = {value.name for value in [*graph.input, *graph.output]} - {"input_ids", "position_ids", "logits"}
     assert {entry["IOName"] for entry in entries} == names and len(entries) == len(names) == 12
-    noted = json.loads((folder / "compile.json").read_text())["for_the_card"]
+    noted = json.loads((folder / "compile.json").read_text(encoding="utf-8"))["for_the_card"]
     assert noted == {"num_cores": 14, "num_devices": 1, "mxfp6_matmul": True, "mxint8_kv_cache": False}
 
 
 def test_the_card_gets_one_program_where_prefill_is_decode(tiny):
     folder = compiled(tiny, prefill_seq_len=1, mxint8_kv_cache=True, ctx_len=96).qpc_path
-    shapes = json.loads((folder / "specializations.json").read_text())["specializations"]
+    shapes = json.loads((folder / "specializations.json").read_text(encoding="utf-8"))["specializations"]
     assert [shape["symbols"]["seq_len"] for shape in shapes] == ["1"]
-    assert {entry["Precision"] for entry in yaml.safe_load((folder / "custom_io.yaml").read_text())} == {"mxint8"}
+    assert {
+        entry["Precision"] for entry in yaml.safe_load((folder / "custom_io.yaml").read_text(encoding="utf-8"))
+    } == {"mxint8"}
 
 
 def test_the_compiled_program_needs_no_second_copy_of_the_weights(tiny):
@@ -233,6 +235,37 @@ def test_an_artifact_that_was_changed_is_not_loaded(tiny, tmp_path, name):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="remove") as caught:
         Session(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda noted: [],
+        lambda noted: noted | {"sha256": []},
+        lambda noted: noted | {"sha256": "program.onnx"},
+        lambda noted: noted | {"sha256": {"program.onnx": noted["sha256"]["program.onnx"]}},
+        lambda noted: noted | {"weights": 5},
+        lambda noted: {name: value for name, value in noted.items() if name != "weights"},
+    ],
+)
+def test_an_artifact_that_is_noted_otherwise_is_not_loaded(tiny, tmp_path, change):
+    folder = compiled(tiny, export_dir=tmp_path, ctx_len=64).qpc_path
+    noted = json.loads((folder / "compile.json").read_text())
+    (folder / "compile.json").write_text(json.dumps(change(noted)))
+    with pytest.raises(ValueError, match="to compile anew"):
+        Session(folder)
+    (folder / "compile.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="to compile anew"):
+        Session(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_an_export_that_was_cut_off_is_not_compiled(tiny, tmp_path, name):
+    path = QEFFAutoModelForCausalLM.from_pretrained(tiny).export(tmp_path).with_name(name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{path.parent} .*: remove it, to export anew") as caught:
+        compiled(tiny, export_dir=tmp_path, ctx_len=64)
     assert "\n" not in str(caught.value)
 
 
@@ -284,8 +317,8 @@ def test_a_graph_of_another_form_is_refused(tmp_path, tiny):
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tiny, tmp_path, key, value, complaint):
     folder = shutil.copytree(tiny, tmp_path / "model")
-    given = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(given | {key: value}))
+    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(given | {key: value}), encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         weight_loader.load(folder)
     assert complaint in str(caught.value) and "\n" not in str(caught.value)

@@ -88,9 +88,10 @@ def find(*names, setup="", nano=None, **environment):
         "    except ValueError as error: found = [str(error)]\n"
         "    print(json.dumps([*map(str, found), time.perf_counter() - start]))\n"
     )
-    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **environment}
+    system = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}  # Windows needs both
+    env = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", **system, **environment}
     start = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, encoding="utf-8", timeout=120)
     assert result.returncode == 0, result.stderr
     assert time.perf_counter() - start < 60
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -101,7 +102,7 @@ def put_in_cache(home, repo, files=("config.json", "model.safetensors", "vocab.j
     snapshot = folder / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "refs" / "main").write_text(COMMIT, encoding="utf-8")
     for name in files:
         (snapshot / name).write_bytes(FILES[name])
     return snapshot

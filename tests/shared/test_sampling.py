@@ -1,5 +1,6 @@
 """shared/sampling.py against exact distributions, transformers' warpers and a plain sort."""
 
+import os
 import subprocess
 import sys
 import time
@@ -298,7 +299,7 @@ def test_one_and_two_threads_draw_the_same_tokens():
     outputs = {
         subprocess.run(
             [sys.executable, "-c", script],
-            env={"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)},
             check=True,
             capture_output=True,
         ).stdout

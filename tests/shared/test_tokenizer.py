@@ -158,6 +158,7 @@ def test_a_folder_with_characters(tmp_path):
     assert loaded.decode(loaded.encode("我, hello")) == "我, hello"
     assert (loaded.n_vocab, loaded.eot) == (len(set("hello, wörld 我")), None)
     assert os.listdir(tmp_path) == ["meta.json"]
+    assert (tmp_path / "meta.json").read_bytes().endswith(b"}\n")  # on every system
     with pytest.raises(ValueError, match="'Z' is not one of the 11 characters that this model knows"):
         loaded.encode("heZ")
 
@@ -184,7 +185,7 @@ def test_a_disk_that_fills_leaves_the_characters_of_before(tmp_path, monkeypatch
 
 
 def test_gpt2s_weights_without_its_vocabulary_get_gpt2s_own(tmp_path):
-    (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
+    (tmp_path / "config.json").write_text('{"vocab_size": 50257}', encoding="utf-8")
     assert load_tokenizer(tmp_path).encode("hello world") == [31373, 995]
 
 
@@ -192,7 +193,7 @@ def test_gpt2s_weights_without_its_vocabulary_get_gpt2s_own(tmp_path):
     "content", ["", "[1]", '{"chars": 5}', '{"chars": ""}', '{"chars": "aba"}', '{"chars": "a\\ud800"}', "[" * 100_000]
 )
 def test_a_damaged_character_file_is_named(tmp_path, content):
-    (tmp_path / "meta.json").write_text(content)
+    (tmp_path / "meta.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"meta\.json (is not valid JSON|must hold)") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
@@ -213,6 +214,15 @@ def test_a_small_vocabulary_is_read_line_by_line(small_folder):
     assert bpe.encode("hello") == [258, bpe.encode("o")[0]]
     assert (bpe.n_vocab, bpe.eot) == (260, 259)
     assert bpe.encode("<|endoftext|>", special=True) == [259]
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+def test_another_systems_line_endings_change_nothing(small_folder, file):
+    before = load_tokenizer(small_folder)
+    path = small_folder / file
+    path.write_bytes(b"\r\n".join([*path.read_bytes().splitlines(), b""]))
+    after = load_tokenizer(small_folder)
+    assert after.encode("hello\r\nhell\n") == before.encode("hello\r\nhell\n")
 
 
 def test_new_files_in_the_same_folder_are_read_anew(small_folder):
@@ -266,7 +276,7 @@ def test_a_file_that_is_no_utf8_is_named(small_folder):
 def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         load_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text('{"vocab_size": 65}')
+    (tmp_path / "config.json").write_text('{"vocab_size": 65}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"has no tokenizer: neither vocab\.json and merges\.txt nor meta\.json"):
         load_tokenizer(tmp_path)
 
@@ -282,8 +292,9 @@ def test_reading_a_folder_writes_nothing_and_needs_no_cache(small_folder, tmp_pa
 
 
 def run(script, **environment):
-    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **environment}
-    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    system = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}  # Windows needs both
+    env = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", **system, **environment}
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, encoding="utf-8", timeout=60)
 
 
 NO_WHISPER = "import shared.tokenizer as t; t.find_spec = lambda name: None\n"

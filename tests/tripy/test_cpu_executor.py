@@ -40,7 +40,7 @@ def run(function, *tensors):
 
 def python(code, *path):
     lines = f"import sys; sys.path[:0] = {[*map(str, path), str(ROOT)]}\n{code}"
-    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, encoding="utf-8")
 
 
 # -- where it switches on
@@ -63,7 +63,7 @@ def test_real_installation_is_not_shadowed(tmp_path):
 def test_other_version_is_refused(tmp_path):
     folder = tmp_path / "nvtripy-0.1.6.dist-info"
     folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: nvtripy\nVersion: 0.1.6\n")
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: nvtripy\nVersion: 0.1.6\n", encoding="utf-8")
     done = python("from tripy_nanogpt import tripy_cpu", tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (

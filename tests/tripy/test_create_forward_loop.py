@@ -42,7 +42,7 @@ def samples(dataset, tokenizer=TOKENIZER, batch_size=2, num_samples=100, n_posit
 
 
 def test_a_text_is_cut_into_samples_and_the_last_is_padded_behind_a_mask(tmp_path):
-    (tmp_path / "a.txt").write_text("so it is " * 40)
+    (tmp_path / "a.txt").write_text("so it is " * 40, encoding="utf-8")
     ids = TOKENIZER.encode("so it is " * 40)
     rows, said, model = samples(tmp_path / "a.txt")
     assert rows == [ids[i : i + 32] for i in range(0, len(ids), 32)]
@@ -53,20 +53,22 @@ def test_a_text_is_cut_into_samples_and_the_last_is_padded_behind_a_mask(tmp_pat
 
 def test_num_samples_are_taken_from_all_texts_in_turn(tmp_path):
     for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(f"{name} " * 100)
-    (tmp_path / "not.md").write_text("no")
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 100, encoding="utf-8")
+    (tmp_path / "not.md").write_text("no", encoding="utf-8")
     rows, _, _ = samples(tmp_path, num_samples=3)
     starts = [TOKENIZER.encode(f"{name} " * 100) for name in "ab"]
     assert rows == [starts[0][:32], starts[1][:32], starts[0][32:64]]
 
 
 def test_jsonl_is_read_line_by_line(tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "two")) + "\n")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two")) + "\n", encoding="utf-8"
+    )
     assert samples(tmp_path / "a.jsonl")[0] == [TOKENIZER.encode("one"), TOKENIZER.encode("two")]
 
 
 def test_transformers_tokenizer_gives_the_same(tmp_path):
-    (tmp_path / "a.txt").write_text("To be, or not to be: " * 20)
+    (tmp_path / "a.txt").write_text("To be, or not to be: " * 20, encoding="utf-8")
     theirs = AutoTokenizer.from_pretrained(NANO)
     assert samples(tmp_path / "a.txt", theirs)[0] == samples(tmp_path / "a.txt")[0]
 
@@ -80,7 +82,7 @@ def test_without_a_network_the_text_is_the_repositorys_and_none_that_is_held_out
     assert "Apache License" in text
     from pydoc_data.topics import topics
 
-    held = json.loads((NANO / "heldout.json").read_text())["pydoc_data.topics"]["topics"]
+    held = json.loads((NANO / "heldout.json").read_text(encoding="utf-8"))["pydoc_data.topics"]["topics"]
     assert not any(topics[name][:200] in text for name in held if name in topics)
 
 
@@ -107,7 +109,7 @@ def test_with_a_network_the_articles_are_cnn_dailymails(monkeypatch):
 
 
 def test_modelopt_calibrates_on_it(tmp_path):
-    (tmp_path / "a.txt").write_text("so it is " * 40)
+    (tmp_path / "a.txt").write_text("so it is " * 40, encoding="utf-8")
     model = Recorder()
     loop = create_forward_loop(model, str(tmp_path / "a.txt"), TOKENIZER, "cpu", 2, 4)
     mtq.quantize(model, mtq.INT8_DEFAULT_CFG, forward_loop=loop)
@@ -116,7 +118,7 @@ def test_modelopt_calibrates_on_it(tmp_path):
 
 
 def test_a_progress_bar_counts_the_batches(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("so it is " * 40)
+    (tmp_path / "a.txt").write_text("so it is " * 40, encoding="utf-8")
     samples(tmp_path / "a.txt")
     assert "calibrating" in capsys.readouterr().err
 
@@ -133,6 +135,6 @@ def test_a_progress_bar_counts_the_batches(tmp_path, capsys):
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, complaint):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=complaint):
         samples(tmp_path / name)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not tripy_cpu.ENGINE, reason="TensorRT is here: 
 def run(*flags, cwd=PROJECT, **environment):
     command = [sys.executable, os.path.relpath(PROJECT / "example.py", cwd), *map(str, flags)]
     environment = os.environ | environment
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300)
 
 
 def test_the_documented_command_is_the_same_with_the_same_seed():
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, complaint, monkeypatch, capsy
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} example.py --model=gpt2-nano --max-new-tokens=200 --ignore-eos | head -n 1"
-    result = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, encoding="utf-8", timeout=300)
     assert result.stdout.startswith("gpt2-nano") and result.stderr == ""
 
 
@@ -162,7 +162,7 @@ def test_an_interrupt_ends_in_one_line(tmp_path):
         cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
     process.stdout.readline()
     time.sleep(0.5)

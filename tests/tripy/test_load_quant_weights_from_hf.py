@@ -141,7 +141,7 @@ def test_weights_are_quantized_once(wide, tmp_path, monkeypatch):
     again = load_engine(wide, "float16", choose_device("auto"), "int4-awq", folder=tmp_path)
     assert again.calibrated_on == first.calibrated_on and again.folder != first.folder
     text = tmp_path / "other.txt"
-    text.write_text("another text")
+    text.write_text("another text", encoding="utf-8")
     with pytest.raises(TypeError):  # which would quantize
         load_engine(wide, "float32", choose_device("auto"), "int4-awq", str(text), folder=tmp_path)
 

@@ -37,7 +37,7 @@ def test_the_first_line_says_what_is_multiplied_in_bfloat16(monkeypatch, capsys)
 
 
 def test_calibration_data_may_be_a_file(monkeypatch, capsys, tmp_path):
-    (tmp_path / "play.txt").write_text("To be, or not to be: that is the question. " * 50)
+    (tmp_path / "play.txt").write_text("To be, or not to be: that is the question. " * 50, encoding="utf-8")
     flags = ("--quant-mode=float8", f"--calibration-data={tmp_path / 'play.txt'}")
     assert run(monkeypatch, capsys, *flags)[1].endswith(f"from {tmp_path / 'play.txt'}")
 

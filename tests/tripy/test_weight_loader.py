@@ -20,8 +20,8 @@ def loaded(folder, dtype=tp.float32):
 
 def copy_of(tiny, folder, **config):
     shutil.copytree(tiny, folder, dirs_exist_ok=True)
-    given = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(given | config))
+    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(given | config), encoding="utf-8")
     return folder
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 import jax
 import numpy as np
 

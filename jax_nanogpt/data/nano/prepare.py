@@ -16,9 +16,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 from itertools import pairwise
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 import numpy as np
 from tqdm import tqdm
 

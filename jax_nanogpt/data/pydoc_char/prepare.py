@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import begin
+from shared import start_script
 
-begin(__name__)
+start_script(__name__)
 from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.data.corpus import pydoc_topics, write_characters
 

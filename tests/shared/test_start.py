@@ -1,0 +1,58 @@
+"""start_script: the Pythons that it lets through, and what a console prints that lacks a character."""
+
+import io
+import signal
+import sys
+
+import pytest
+
+import shared
+
+
+@pytest.fixture(autouse=True)
+def the_same_ctrl_c():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("minor", range(6, 16))
+def test_the_range_ends_where_it_says(minor, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, minor, 0, "final", 0))
+    if 11 <= minor <= 13:
+        shared.start_script("__main__")
+    else:
+        with pytest.raises(SystemExit) as ended:
+            shared.start_script("__main__")
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == f"Python is 3.{minor}.0, 3.11 to 3.13 is expected\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("utf-8", "我 ☕ é \\ud800".encode()),
+        ("cp1252", b"\\u6211 \\u2615 \xe9 \\ud800"),
+        ("ascii", b"\\u6211 \\u2615 \\xe9 \\ud800"),
+    ],
+)
+def test_a_character_that_the_console_lacks_is_printed_as_its_escape(encoding, printed, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    monkeypatch.setattr(sys, "version_info", (3, 12, 0, "final", 0))
+    shared.start_script("__main__")
+    print("我 ☕ é \ud800", end="", flush=True)
+    assert raw.getvalue() == printed
+
+
+def test_what_stands_in_stdouts_place_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 12, 0, "final", 0))
+    for place in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stdout", place)
+        shared.start_script("__main__")
+
+
+def test_a_script_that_is_imported_leaves_everything_as_it_was():
+    before = signal.getsignal(signal.SIGINT), sys.stdout.errors
+    shared.start_script("example")
+    assert (signal.getsignal(signal.SIGINT), sys.stdout.errors) == before
