@@ -14,7 +14,7 @@ bench: $(TOX)
 	@$(TOX) run -qq -e bench -- $(BENCH)
 
 fuzz: $(TOX)
-	$(TOX) run -e shared -- --hypothesis-profile=fuzz
+	@$(TOX) run -qq -e fuzz -- $(FUZZ)
 
 # kill -9 at fifty random moments of training, and an exact resume after each
 kills: $(TOX)

@@ -31,6 +31,10 @@ class Result(NamedTuple):
     failed: Counter
 
 
+def counted(kinds: Counter) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+
+
 def fuzz(python: Path, root: Path, project: str, *options: str) -> Result:
     """One project's cases. A process that dies is a failure, with the case at which it did."""
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{project}-") as scratch:
@@ -61,7 +65,7 @@ def main(root: Path, argv: "list[str] | None" = None) -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="(default: any)")
     parser.add_argument("--project", action="append", help="repeatable (default: all, and shared)")
     args, others = parser.parse_known_args(argv)
-    names = args.project or [*projects(root), SHARED]
+    names = args.project or [SHARED, *projects(root)]
     print(f"seed {args.seed}: make fuzz FUZZ=--seed={args.seed} does this again", flush=True)
     try:
         pythons = {name: python_of(root, name) for name in names}
@@ -77,11 +81,15 @@ def main(root: Path, argv: "list[str] | None" = None) -> int:
     passed, failed = Counter(), Counter()
     with ThreadPoolExecutor(2) as pool:
         for name, result in zip(names, pool.map(one, names), strict=True):
-            kinds = ", ".join(f"{kind} {count}" for kind, count in sorted((result.passed + result.failed).items()))
-            print(f"\n== {name}: {kinds}; {result.failed.total()} failed", result.told, sep="\n", flush=True)
+            print(
+                f"\n== {name}: {counted(result.passed + result.failed)}; {result.failed.total()} failed",
+                result.told,
+                sep="\n",
+                flush=True,
+            )
             passed += result.passed
             failed += result.failed
-    print("\n" + ", ".join(f"{kind} {count}" for kind, count in sorted((passed + failed).items())))
+    print("\n" + counted(passed + failed))
     print(f"{passed.total()} passed, {failed.total()} failed")
     return int(bool(failed))
 

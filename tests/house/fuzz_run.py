@@ -31,8 +31,7 @@ from fuzz_input import SPOIL, Payload, any_case, cuts, drawn, flags_of, found, g
 from house import ROOT, example_of
 from safetensors.numpy import save_file
 
-LIMIT_S = 30  # for a case
-LONG_S = 4  # for one that asks for a lot: Ctrl-C must end it
+LONG_S = 4  # for a case that asks for a lot: Ctrl-C must end it
 MEMORY = 16 * 2**30
 HEAVY = (
     "Report",
@@ -103,7 +102,7 @@ def asks_for_much(words):
     return any(re.search(r"(^|=)\+?\d{4,}$", word) for word in words)
 
 
-def run_here(main, words, folder):
+def run_here(main, words, folder, limit):
     """(status, stdout, stderr, what it changed of this process) of main(words) in folder."""
     os.chdir(folder)
     before, kept = state(), [os.dup(1), os.dup(2)]
@@ -111,8 +110,8 @@ def run_here(main, words, folder):
     with open(folder.parent / "stdout", "w+b") as out, open(folder.parent / "stderr", "w+b") as err:
         for number, file in (1, out), (2, err):
             os.dup2(file.fileno(), number)
-        faulthandler.dump_traceback_later(3 * LIMIT_S, exit=True, file=kept[1])
-        signal.setitimer(signal.ITIMER_REAL, LONG_S if asks_for_much(words) else LIMIT_S)
+        faulthandler.dump_traceback_later(3 * limit, exit=True, file=kept[1])
+        signal.setitimer(signal.ITIMER_REAL, LONG_S if asks_for_much(words) else limit)
         try:
             status = main([*words]) or 0
         except SystemExit as end:
@@ -151,7 +150,7 @@ def restore(before):
         signal.signal(number, handler)
 
 
-def run_process(path, words, folder):
+def run_process(path, words, folder, limit):
     """The same of a process. Its words are bytes, which need be no UTF-8."""
 
     def encoded(word):
@@ -162,19 +161,19 @@ def run_process(path, words, folder):
 
     command = [sys.executable, path, *map(encoded, words)]
     try:
-        run = subprocess.run(command, cwd=folder, capture_output=True, timeout=2 * LIMIT_S)
+        run = subprocess.run(command, cwd=folder, capture_output=True, timeout=2 * limit)
     except subprocess.TimeoutExpired:
-        return 130, "", f"no end in {2 * LIMIT_S} s", []
+        return 130, "", "no end", []
     return run.returncode, *(text.decode("utf-8", "replace") for text in (run.stdout, run.stderr)), []
 
 
-def complaint(case, folder, template, tokens, status, stdout, stderr):
+def complaint(case, folder, template, tokens, limit, status, stdout, stderr):
     """What is wrong with how a case ended, or nothing."""
     allowed = {0, 2} | ({130} if asks_for_much(case.words) else set())
     if "NOT as expected" in stdout or re.search(r"^the loss is .* at iteration", stderr, re.M):
         allowed.add(1)  # each an answer
     if status not in allowed:
-        return f"exit status {status}" if status != 130 else f"no end in {LIMIT_S} s"
+        return f"exit status {status}" if status != 130 else f"no end in {limit} s"
     if "Traceback (most recent call last)" in stderr:
         return "a traceback"
     if status == 2 and not (stderr.strip() and stderr.count("\n") == 1):
@@ -221,21 +220,21 @@ def prepare(root, project, scratch):
     sys.path.insert(0, str(copy))
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hub"), "QEFF_HOME": str(case / "qeff")}
     os.environ |= {"TMPDIR": str(case / "tmp"), "JAX_COMPILATION_CACHE_DIR": str(scratch / "jax")}
-    os.environ["PYTHONIOENCODING"] = "utf-8"
+    sys.stdout.reconfigure(errors="backslashreplace")  # as shared.start_script does
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     make_files(scratch / "template")
     return copy, case, scratch / "template"
 
 
-def good_runs(scripts, flags, example, folder, template):
+def good_runs(scripts, flags, example, folder, template, limit):
     """The tokens of a good run, and the files that it, or training, made: they stay in the template."""
     runs = [(example, good_words(example, flags[example]))]
     if "train.py" in scripts:
         runs.append(("train.py", (*good_words("train.py", flags["train.py"], {"out_dir"}), "--out_dir=out")))
     for name, words in runs:
         known = {path.relative_to(template) for path in template.rglob("*")}
-        status, stdout, stderr, _ = run_here(scripts[name].main, words, renewed(folder, template))
+        status, stdout, stderr, _ = run_here(scripts[name].main, words, renewed(folder, template), limit)
         if status:
             sys.exit(f"a good run of {name} ends with exit status {status}:\n{stdout}{stderr}")
         if name == example:
@@ -256,6 +255,7 @@ def main(argv=None):
     add("--cases", type=int, default=300, help="that are drawn (default: %(default)s)")
     add("--processes", type=int, default=30, help="and run as processes (default: %(default)s)")
     add("--every", type=int, default=1, help="percent, from one cut of a file to the next (default: %(default)s)")
+    add("--limit", type=int, default=30, help="seconds for a case (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--only", type=int, help="the case of this number")
     args = parser.parse_args(argv)
@@ -267,7 +267,7 @@ def main(argv=None):
         for part in HEAVY:
             if hasattr(script, part):
                 setattr(script, part, lambda *_, **__: sys.exit(0))
-    tokens, made = good_runs(scripts, flags, example, folder, template)
+    tokens, made = good_runs(scripts, flags, example, folder, template, args.limit)
 
     here = [*found(example, flags, made), *drawn(any_case(flags, example, made), args.cases, args.seed)]
     here += cuts(example, flags, args.every)
@@ -283,13 +283,13 @@ def main(argv=None):
             SPOIL[case.spoil[0]](folder, *case.spoil[1:])
         began = time.monotonic()
         if number < len(here):
-            *ended, changed = run_here(scripts[case.script].main, case.words, folder)
+            *ended, changed = run_here(scripts[case.script].main, case.words, folder, args.limit)
         else:
-            *ended, changed = run_process(root / args.project / case.script, case.words, folder)
+            *ended, changed = run_process(root / args.project / case.script, case.words, folder, args.limit)
             case = case._replace(kind="processes")
         slowest = max(slowest, (time.monotonic() - began, str(case)))
         notes.update(f"{case.script} changes {what}" for what in changed)
-        if wrong := complaint(case, folder, template, tokens, *ended):
+        if wrong := complaint(case, folder, template, tokens, args.limit, *ended):
             print(f"FAILED {args.project} {number} {case}\n  {wrong}: {ended[2][-1500:]!a}", flush=True)
         (failed if wrong else passed)[case.kind] += 1
         if args.only is not None:
