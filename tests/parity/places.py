@@ -45,9 +45,9 @@ class Place:
         switches = {"PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return kept | {name: str(path) for name, path in home.items()} | {"TMPDIR": str(self.temporary)} | switches
 
-    def start(self, *more, script=None, dump="dump.npz", preexec_fn=None):
+    def start(self, *more, script=None, dump="dump.npz", new_tokens=NEW_TOKENS, preexec_fn=None):
         """The example, or another script with the flags more, as a terminal's job: Ctrl-C goes to its whole group."""
-        settings = {"model": self.model, "prompt": PROMPT, "new_tokens": NEW_TOKENS, "dump": dump}
+        settings = {"model": self.model, "prompt": PROMPT, "new_tokens": new_tokens, "dump": dump}
         words = [self.root / self.project / script] if script else command(self.root, self.project, **settings)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         return subprocess.Popen(

@@ -6,18 +6,12 @@ import time
 import numpy as np
 import pytest
 from examples import EXAMPLES
-from places import NEW_TOKENS, PROMPT, Place, ended, group_of, imports, press_ctrl_c, wait_until
+from places import PROMPT, Place, ended, group_of, imports, press_ctrl_c, wait_until
 
 
 @pytest.fixture
 def place(project, pythons, tmp_path):
     return Place(project, pythons(project), tmp_path)
-
-
-@pytest.fixture(scope="session")
-def tokens(referee):
-    ids = tuple(referee.encode(PROMPT))
-    return list(referee.goes_on(ids, NEW_TOKENS)[len(ids) :])
 
 
 def until_it_imports(process):
