@@ -200,7 +200,8 @@ def bench(report, folder, new):
         f"from neuron_nanogpt.bench import first_token as f; f({engine.name!r}, {engine.target!r}, {str(folder)!r})"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    warm = partial(subprocess.run, [sys.executable, "-c", command], check=True, env=environment)
+    # in a session of its own: a Ctrl-C is for this process
+    warm = partial(subprocess.run, [sys.executable, "-c", command], check=True, env=environment, start_new_session=True)
     report.add("warm_start", [start], 1, warm, None, None)
 
 

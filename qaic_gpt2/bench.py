@@ -87,8 +87,10 @@ def export_in_a_process(folder):
         model.compile()
         print(exported - start, time.perf_counter() - exported)
     """
-    command = [sys.executable, "-c", code, folder]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", cwd=HERE.parent).stdout
+    command = [sys.executable, "-c", code, folder]  # in a session of its own: a Ctrl-C is for this process
+    printed = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, encoding="utf-8", cwd=HERE.parent, start_new_session=True
+    ).stdout
     export_s, compile_s = map(float, printed.splitlines()[-1].split())
     peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
     return round(export_s, 1), round(compile_s, 1), peak_mb

@@ -112,8 +112,8 @@ load_engine(sys.argv[2], "float32", choose_device("auto"), folder=sys.argv[3]).p
 def first_tokens(report, name, folder, executables):
     """A process from its start to a first token, with nothing compiled, and then again."""
     command = [sys.executable, "-c", FIRST_TOKEN, HERE.parent, folder, executables]
-    for work in "first_token_cold", "first_token_warm":
-        took = seconds(partial(subprocess.run, command, check=True))
+    for work in "first_token_cold", "first_token_warm":  # in a session of its own: a Ctrl-C is for this process
+        took = seconds(partial(subprocess.run, command, check=True, start_new_session=True))
         row = report.row(work, name, "float32", 16, 1) | {"ttft_ms": round(took * 1e3)}
         report.put(row, f"{work:18} {name:12} float32  {took:8.2f} s, of a whole process")
 
