@@ -23,7 +23,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import numpy as np
@@ -32,7 +32,6 @@ import transformers
 
 from qaic_gpt2 import backend, weight_loader
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
-from qaic_gpt2.example import fail, script
 from qaic_gpt2.exporter import WEIGHTS
 from qaic_gpt2.generation import generate_batch
 from qaic_gpt2.runtime import ENGINE

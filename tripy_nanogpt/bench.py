@@ -20,14 +20,13 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import numpy as np
 
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
-from tripy_nanogpt.example import fail, script
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}

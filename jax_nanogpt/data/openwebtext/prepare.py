@@ -10,13 +10,12 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import numpy as np
 from tqdm import tqdm
 
-from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.data.corpus import keep_tokenizer
 from jax_nanogpt.files import write_beside
 from shared.tokenizer import gpt2_bpe
