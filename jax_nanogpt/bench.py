@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import jax
@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from jax_nanogpt import weight_loader
-from jax_nanogpt.configurator import configure, fail, script
+from jax_nanogpt.configurator import configure
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.model import GPT, GPTConfig, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too; JAX reads it when imported
@@ -26,7 +26,6 @@ import jax
 import numpy as np
 
 from jax_nanogpt.bench import SHAPES, make_text, seconds
-from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer

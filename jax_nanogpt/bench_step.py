@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import flax.linen as nn
@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from jax_nanogpt import model
 from jax_nanogpt.bench import seconds, shakespeare
-from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.dropout import Dropout
 from jax_nanogpt.files import write_beside

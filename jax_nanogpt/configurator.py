@@ -5,49 +5,8 @@ A config file holds Python assignments of literals, one a key: `learning_rate = 
 
 import ast
 import difflib
-import os
-import re
-import signal
-import sys
 from dataclasses import fields, replace
-from functools import wraps
 from pathlib import Path
-
-
-def fail(message):
-    """What every user's mistake ends in: one line on stderr, whatever was in the message, and exit status 2."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message))
-    print(line if len(line) < 2000 else f"{line[:1000]} ... {line[-1000:]}", file=sys.stderr)
-    sys.exit(2)
-
-
-def script(run):
-    """run(argv) as a script's main(argv=None), which ends well, or in one line that says why not."""
-
-    @wraps(run)
-    def main(argv=None):
-        alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
-        if alone:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            for word in sys.argv[1:] if argv is None else argv:
-                if re.fullmatch("--[^=]+=--", word):  # of which argparse makes an empty list, until Python 3.13
-                    fail(f"{word}: -- is no value")
-            return run(argv)
-        except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (ValueError, OSError) as error:
-            fail(error)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
-            if alone:
-                os._exit(130)  # Python's own end waits for threads that load, or crashes under those that compute
-            sys.exit(130)
-        finally:
-            if alone:  # all is done, but for Python's own end, which an exception would only disturb
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    return main
 
 
 def converted(where, key, value, types):

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+import warnings
 from pathlib import Path
 
 import jax
@@ -23,6 +25,21 @@ def keep_compiled():
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+            forget_damaged(folder)
+
+
+def forget_damaged(folder):
+    """JAX leaves what it could not write or read whole, and would warn of it in every run; gone, it is made anew."""
+    show = warnings.showwarning
+
+    def look(message, *rest, **more):
+        damaged = re.match("Error (?:reading|writing) persistent compilation cache entry for '(.+?)'", str(message))
+        if not damaged:
+            return show(message, *rest, **more)
+        for entry in folder.glob(f"{damaged[1]}-*-cache"):
+            entry.unlink(missing_ok=True)
+
+    warnings.showwarning = look
 
 
 def choose_devices(name):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import jax
@@ -22,7 +22,6 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jax_nanogpt import mesh as meshes
 from jax_nanogpt.bench import SHAPES
-from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.model import GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.train import Config

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import jax
@@ -18,7 +18,6 @@ import numpy as np
 
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
-from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.files import write_beside
 from jax_nanogpt.model import GPT, count_params

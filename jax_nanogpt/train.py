@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import script, start_script
 
 start_script(__name__)
 import jax
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from jax_nanogpt import mesh as meshes
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints, last_good
-from jax_nanogpt.configurator import configure, script
+from jax_nanogpt.configurator import configure
 from jax_nanogpt.device import choose_devices, describe, join, leads
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
 from jax_nanogpt.mesh import BATCH, from_each, highest, lay_out, make_mesh, make_on, shapes_on, split, split_state

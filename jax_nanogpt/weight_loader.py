@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 from itertools import pairwise
@@ -25,7 +25,6 @@ from safetensors.flax import load_file
 from safetensors.numpy import save as serialize
 
 from jax_nanogpt.checkpoint import Checkpoints
-from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
 from jax_nanogpt.model import GPTConfig
 from shared.tokenizer import END_OF_TEXT, byte_of_character, load_tokenizer

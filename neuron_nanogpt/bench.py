@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import numpy as np
@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from neuron_nanogpt import compiler, weight_loader
 from neuron_nanogpt.model import GPT, GPTConfig, count_params
-from neuron_nanogpt.run_model import DTYPES, SEQ_LEN, Cached, Window, choose_buckets, fail, generate, script
+from neuron_nanogpt.run_model import DTYPES, SEQ_LEN, Cached, Window, choose_buckets, generate
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 
@@ -200,7 +200,8 @@ def bench(report, folder, new):
         f"from neuron_nanogpt.bench import first_token as f; f({engine.name!r}, {engine.target!r}, {str(folder)!r})"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    warm = partial(subprocess.run, [sys.executable, "-c", command], check=True, env=environment)
+    # in a session of its own: a Ctrl-C is for this process
+    warm = partial(subprocess.run, [sys.executable, "-c", command], check=True, env=environment, start_new_session=True)
     report.add("warm_start", [start], 1, warm, None, None)
 
 
@@ -209,6 +210,7 @@ def forget(runner):
 
 
 @script
+@torch.inference_mode()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail

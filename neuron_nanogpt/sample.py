@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import torch
 
 from neuron_nanogpt import weight_loader
 from neuron_nanogpt.model import count_params
-from neuron_nanogpt.run_model import DTYPES, fail, script
+from neuron_nanogpt.run_model import DTYPES
 from shared.sampling import Sampler
 from shared.tokenizer import Stream, find_model, load_tokenizer
 
@@ -38,6 +38,7 @@ def parse_arguments(argv):
 
 
 @script
+@torch.inference_mode()
 def main(argv=None):
     args = parse_arguments(argv)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)

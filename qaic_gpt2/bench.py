@@ -23,7 +23,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import numpy as np
@@ -32,7 +32,6 @@ import transformers
 
 from qaic_gpt2 import backend, weight_loader
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
-from qaic_gpt2.example import fail, script
 from qaic_gpt2.exporter import WEIGHTS
 from qaic_gpt2.generation import generate_batch
 from qaic_gpt2.runtime import ENGINE
@@ -87,8 +86,10 @@ def export_in_a_process(folder):
         model.compile()
         print(exported - start, time.perf_counter() - exported)
     """
-    command = [sys.executable, "-c", code, folder]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", cwd=HERE.parent).stdout
+    command = [sys.executable, "-c", code, folder]  # in a session of its own: a Ctrl-C is for this process
+    printed = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, encoding="utf-8", cwd=HERE.parent, start_new_session=True
+    ).stdout
     export_s, compile_s = map(float, printed.splitlines()[-1].split())
     peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
     return round(export_s, 1), round(compile_s, 1), peak_mb

@@ -20,14 +20,13 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import numpy as np
 
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
-from tripy_nanogpt.example import fail, script
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -112,8 +111,8 @@ load_engine(sys.argv[2], "float32", choose_device("auto"), folder=sys.argv[3]).p
 def first_tokens(report, name, folder, executables):
     """A process from its start to a first token, with nothing compiled, and then again."""
     command = [sys.executable, "-c", FIRST_TOKEN, HERE.parent, folder, executables]
-    for work in "first_token_cold", "first_token_warm":
-        took = seconds(partial(subprocess.run, command, check=True))
+    for work in "first_token_cold", "first_token_warm":  # in a session of its own: a Ctrl-C is for this process
+        took = seconds(partial(subprocess.run, command, check=True, start_new_session=True))
         row = report.row(work, name, "float32", 16, 1) | {"ttft_ms": round(took * 1e3)}
         report.put(row, f"{work:18} {name:12} float32  {took:8.2f} s, of a whole process")
 

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 from shared.tokenizer import find_model, load_tokenizer
 from tripy_nanogpt.device import choose_device
 from tripy_nanogpt.engine import load_engine
+from tripy_nanogpt.files import write_beside
 from tripy_nanogpt.quantization import modelopt_quantize
 from tripy_nanogpt.weight_loader import convert_to_scale
 
@@ -151,4 +152,4 @@ def draw(points):
         axes.scatter(size / 1e6, ppl)
         axes.annotate(label, (size / 1e6, ppl), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="MB", ylabel="perplexity on held-out text", title="gpt2-nano")
-    figure.savefig(PLOT, dpi=120, bbox_inches="tight")
+    write_beside(PLOT, partial(figure.savefig, format="png", dpi=120, bbox_inches="tight"))

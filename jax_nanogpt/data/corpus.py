@@ -16,8 +16,8 @@ from pydoc_data.topics import topics
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from jax_nanogpt.configurator import fail
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
+from shared import fail
 from shared.tokenizer import Characters
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

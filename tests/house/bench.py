@@ -64,8 +64,11 @@ def kept(path: Path, key: str) -> bool:
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def run(python: Path, folder: Path, words: list[str]) -> dict:
@@ -316,3 +319,6 @@ if __name__ == "__main__":
         sys.exit(130)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left must not be flushed there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"the results cannot be written: {error}", file=sys.stderr)
+        sys.exit(2)

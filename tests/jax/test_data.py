@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import io
 import json
-import runpy
 import subprocess
 import sys
 import urllib.error
@@ -143,11 +142,20 @@ def test_openwebtext_is_written_text_by_text(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_openwebtext_that_is_interrupted_leaves_nothing(tmp_path):
+    def documents():
+        yield {"text": "text"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        openwebtext.write(documents(), load_tokenizer(find_model("gpt2-nano").folder), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_openwebtext_without_datasets_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setattr(sys, "argv", ["prepare.py"])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(openwebtext.__file__, run_name="__main__")
+        openwebtext.main([])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "the package datasets is missing: pip install datasets\n"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,31 @@ def test_bench_prints_one_json_document_last(monkeypatch, capsys):
         assert row["compile_s"] >= 0 and row["peak_rss_mb"] > 100
     assert 0 < rows["decode"]["mbu"] < 2
     assert rows["prefill"]["ttft_ms"] > 0 and rows["decode"]["ttft_ms"] > 0
+
+
+KEEPS = """
+from jax_nanogpt.device import choose_devices
+choose_devices("cpu")
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(jax.jit(lambda x: x + 1)(1.0))
+"""
+
+
+def test_what_was_compiled_and_is_damaged_or_cannot_be_kept_is_no_matter(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(PROJECT.parent)}
+    del environment["JAX_COMPILATION_CACHE_DIR"], environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+
+    def kept(limit=resource.RLIM_INFINITY):
+        limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # noqa: E731
+        options = {"env": environment, "capture_output": True, "text": True, "preexec_fn": limited}
+        done = subprocess.run([sys.executable, "-c", KEEPS], **options)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "2.0\n", "")
+        return {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+
+    assert kept(limit=100) == {}
+    whole = kept()
+    assert whole
+    for path, size in whole.items():
+        os.truncate(path, size // 2)
+    assert kept().keys() == whole.keys() and min(kept().values()) > max(whole.values()) // 2

@@ -6,6 +6,7 @@ import pytest
 from examples import python_of
 from house import ROOT
 from parity import NANO, Referee, write_report
+from places import NEW_TOKENS, PROMPT
 
 
 def pytest_addoption(parser):
@@ -31,6 +32,13 @@ def outcomes(request):
 @pytest.fixture(scope="session")
 def referee():
     return Referee(NANO)
+
+
+@pytest.fixture(scope="session")
+def tokens(referee):
+    """What the examples write in places.py."""
+    ids = tuple(referee.encode(PROMPT))
+    return list(referee.goes_on(ids, NEW_TOKENS)[len(ids) :])
 
 
 @pytest.fixture(scope="session")

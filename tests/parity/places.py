@@ -45,9 +45,9 @@ class Place:
         switches = {"PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return kept | {name: str(path) for name, path in home.items()} | {"TMPDIR": str(self.temporary)} | switches
 
-    def start(self, *more, script=None, dump="dump.npz", preexec_fn=None):
+    def start(self, *more, script=None, dump="dump.npz", new_tokens=NEW_TOKENS, preexec_fn=None):
         """The example, or another script with the flags more, as a terminal's job: Ctrl-C goes to its whole group."""
-        settings = {"model": self.model, "prompt": PROMPT, "new_tokens": NEW_TOKENS, "dump": dump}
+        settings = {"model": self.model, "prompt": PROMPT, "new_tokens": new_tokens, "dump": dump}
         words = [self.root / self.project / script] if script else command(self.root, self.project, **settings)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         return subprocess.Popen(
@@ -73,6 +73,11 @@ class Place:
         self.work.mkdir()
         self.home.mkdir()
 
+    def running(self):
+        """The processes that still run of those started here: each names a path in its arguments."""
+        listed = subprocess.run(["ps", "-eww", "-o", "pid=,args="], capture_output=True, text=True, check=True)
+        return [int(line.split()[0]) for line in listed.stdout.splitlines() if f"{self.folder}/" in line]
+
     def stray(self):
         """What a run must not leave: files half-written or for a while."""
         found = [path for path in self.folder.rglob("*") if path not in self.code and path.is_file()]
@@ -88,9 +93,9 @@ def ended(process):
     return process.returncode, out, errors
 
 
-def imports(process):
+def imports(pid):
     """Whether it has come to its first import that takes time: a library of a package that pip installed."""
-    return "site-packages" in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
+    return "site-packages" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
 
 
 def wait_until(process, happened):
@@ -101,12 +106,6 @@ def wait_until(process, happened):
 
 def press_ctrl_c(process):
     os.killpg(process.pid, signal.SIGINT)
-
-
-def group_of(process):
-    """What is still running of the process's group."""
-    listed = subprocess.run(["ps", "-e", "-o", "pgid=,args="], capture_output=True, text=True, check=True)
-    return [line for line in listed.stdout.splitlines() if line.split()[0] == str(process.pid)]
 
 
 def as_a_user():

@@ -3,13 +3,12 @@
 Each fault is put into a copy of a project, whose example then runs as the project's own does.
 """
 
-import shutil
 from typing import NamedTuple
 
 import pytest
 from examples import EXAMPLES, ask
-from house import ROOT
 from parity import LIMIT, Case, compare, table
+from places import copy_of
 
 SHORT = Case("short", "To be, or not to be", 24)
 
@@ -56,13 +55,6 @@ FAULTS = [
     Fault("tripy_nanogpt", ERF, "model.py", "gelu(self.c_fc(x))", "tp.gelu(self.c_fc(x))"),
     Fault("tripy_nanogpt", TRANSPOSED, "weight_loader.py", "tensor.ndim == 2:", "len({*tensor.shape}) == 2:"),
 ]
-
-
-def copy_of(project, folder):
-    left_out = shutil.ignore_patterns("executables", "out*", "__pycache__")
-    for name in (project, "shared"):
-        shutil.copytree(ROOT / name, folder / name, ignore=left_out)
-    return folder
 
 
 def test_every_project_has_each_kind_of_fault():

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from examples import EXAMPLES
-from places import NEW_TOKENS, PROMPT, Place, ended, group_of, imports, press_ctrl_c, wait_until
+from places import PROMPT, Place, ended, imports, press_ctrl_c, wait_until
 
 
 @pytest.fixture
@@ -14,14 +14,8 @@ def place(project, pythons, tmp_path):
     return Place(project, pythons(project), tmp_path)
 
 
-@pytest.fixture(scope="session")
-def tokens(referee):
-    ids = tuple(referee.encode(PROMPT))
-    return list(referee.goes_on(ids, NEW_TOKENS)[len(ids) :])
-
-
 def until_it_imports(process):
-    wait_until(process, lambda: imports(process))
+    wait_until(process, lambda: imports(process.pid))
 
 
 def until_it_has_named_its_model(process):
@@ -36,13 +30,13 @@ def until_it_writes(process):
         assert more, f"it ended too soon: {process.communicate()}"
 
 
-def assert_it_was_interrupted(place, process, status, errors):
+def assert_it_was_interrupted(status, errors):
     lines = [line for line in errors.splitlines() if line]
     assert status == 130 and len(lines) == 1 and lines[0].startswith("interrupted"), (status, errors)
 
 
-def assert_it_is_gone(place, process):
-    assert not place.stray() and not group_of(process)
+def assert_it_is_gone(place):
+    assert not place.stray() and not place.running()
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
@@ -53,13 +47,25 @@ def test_ctrl_c_at_every_stage_is_one_line_and_the_next_run_goes_on(project, pla
         stage(process)
         press_ctrl_c(process)
         status, _, errors = ended(process)
-        assert_it_was_interrupted(place, process, status, errors)
-        assert_it_is_gone(place, process)
+        assert_it_was_interrupted(status, errors)
+        assert_it_is_gone(place)
         assert not (place.work / "dump.npz").exists()
     status, _, errors = place.run()
     assert (status, errors) == (0, "")
     assert place.dump()["tokens"].tolist() == tokens
     assert not place.stray()
+
+
+@pytest.mark.parametrize("project", EXAMPLES)
+def test_ctrl_c_ends_a_benchmark_and_what_it_started(project, place):
+    process = place.start(f"--model={place.model}", "--new-tokens=8", script="bench.py")
+    until_it_has_named_its_model(process)
+    processes = 2 if project in ("qaic_gpt2", "tripy_nanogpt") else 1  # these two begin with one of its own
+    wait_until(process, lambda: [*map(imports, place.running())] == [True] * processes)
+    press_ctrl_c(process)
+    status, _, errors = ended(process)
+    assert_it_was_interrupted(status, errors)
+    assert_it_is_gone(place)
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
@@ -84,10 +90,10 @@ def test_ctrl_c_at_random_moments(request, project, place, tokens):
         ends.append(status)
         if status:
             assert number >= 0
-            assert_it_was_interrupted(place, process, status, errors)
+            assert_it_was_interrupted(status, errors)
         else:
             assert errors == "" and place.dump()["tokens"].tolist() == tokens
-        assert_it_is_gone(place, process)
+        assert_it_is_gone(place)
     status, _, errors = place.run()
     assert (status, errors) == (0, "") and place.dump()["tokens"].tolist() == tokens
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():

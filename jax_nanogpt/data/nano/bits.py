@@ -14,14 +14,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import start_script
+from shared import script, start_script
 
 start_script(__name__)
 import jax
 import numpy as np
 
 from jax_nanogpt import weight_loader
-from jax_nanogpt.configurator import script
 from jax_nanogpt.data.corpus import arguments, shakespeare
 from jax_nanogpt.model import GPT
 from jax_nanogpt.train import losses

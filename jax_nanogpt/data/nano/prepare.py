@@ -16,14 +16,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import start_script
+from shared import script, start_script
 
 start_script(__name__)
 from itertools import pairwise
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jax_nanogpt.configurator import script
 from jax_nanogpt.data.corpus import (
     SHAKESPEARE_SHA256,
     arguments,

@@ -4,20 +4,20 @@ Needs `pip install datasets`. --documents=10000 takes the first few only.
 """
 
 import argparse
-import os
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
 import numpy as np
 from tqdm import tqdm
 
-from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.data.corpus import keep_tokenizer
+from jax_nanogpt.files import write_beside
 from shared.tokenizer import gpt2_bpe
 
 HERE = Path(__file__).resolve().parent
@@ -27,13 +27,14 @@ DOCUMENTS = 8_013_769
 
 def write(documents, tokenizer, folder):
     """Token by token to disk, so that memory does not grow with the data; moved into place when all are there."""
-    parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
-    with parts["train"].open("wb") as train, parts["val"].open("wb") as val:
-        for number, document in enumerate(documents):
-            ids = [*tokenizer.encode(document["text"]), tokenizer.eot]
-            np.asarray(ids, np.uint16).tofile(val if number % 2000 == 1999 else train)
-    for split, part in parts.items():
-        os.replace(part, folder / f"{split}.bin")
+
+    def write_both(train_path, val_path):
+        with train_path.open("wb") as train, val_path.open("wb") as val:
+            for number, document in enumerate(documents):
+                ids = [*tokenizer.encode(document["text"]), tokenizer.eot]
+                np.asarray(ids, np.uint16).tofile(val if number % 2000 == 1999 else train)
+
+    write_beside(folder / "train.bin", lambda train: write_beside(folder / "val.bin", partial(write_both, train)))
 
 
 @script

@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import start_script
+from shared import fail, script, start_script
 
 start_script(__name__)
-from jax_nanogpt.configurator import fail, script
 from jax_nanogpt.data.corpus import pydoc_topics, write_characters
 
 HERE = Path(__file__).resolve().parent

@@ -4,10 +4,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import start_script
+from shared import script, start_script
 
 start_script(__name__)
-from jax_nanogpt.configurator import script
 from jax_nanogpt.data.corpus import arguments, shakespeare, write_characters
 
 HERE = Path(__file__).resolve().parent
