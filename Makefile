@@ -16,9 +16,10 @@ bench: $(TOX)
 fuzz: $(TOX)
 	@$(TOX) run -qq -e fuzz -- $(FUZZ)
 
-# kill -9 at fifty random moments of training, and an exact resume after each
+# kill -9 at fifty random moments of training, and an exact resume after each; Ctrl-C at 25 of each project's example
 kills: $(TOX)
 	$(TOX) run -e jax -- -m faults -k killed_at_random --kills=50 --kills-seed=$$(date +%s)
+	$(TOX) run -e parity -- -k ctrl_c_at_random --interrupts=25 --interrupts-seed=$$(date +%s)
 
 # the other Pythons that shared and jax_nanogpt run on; one that this machine lacks is skipped by name
 versions: $(TOX)

@@ -252,7 +252,10 @@ def find_in_cache(name: str) -> "Path | None":
     from huggingface_hub import try_to_load_from_cache  # here, for it takes 0.3 s that a folder's user need not wait
 
     for repo in (f"openai-community/{name}", name):
-        paths = [try_to_load_from_cache(repo, file) for file in ("config.json", "model.safetensors")]
+        try:
+            paths = [try_to_load_from_cache(repo, file) for file in ("config.json", "model.safetensors")]
+        except OSError as error:
+            raise ValueError(f"{name} is in the local cache, which cannot be read: {_in_a_line(error)}") from None
         if all(isinstance(path, str) for path in paths):
             return Path(paths[0]).parent
     return None

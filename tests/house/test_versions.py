@@ -10,7 +10,7 @@ from house import ROOT, files, projects
 
 import shared
 
-STATED = "Python 3.11 to 3.13"
+STATED = "3.11 to 3.13"
 # of the standard library alone: it starts train.py, which checks
 UNCHECKED = {"jax_nanogpt/launch/loopback.py"}
 SOURCES = [path for path in files(ROOT) if path.suffix == ".py"]

@@ -182,7 +182,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_room_it_goes_on(small_dis
 
 def test_a_file_that_must_not_grow_ends_the_run_in_one_line(dataset, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # noqa: E731
-    options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": limit}
+    options = {"stderr": subprocess.PIPE, "encoding": "utf-8", "preexec_fn": limit}
     process = start(dataset, tmp_path, *OFTEN, "--max_iters=20", **options)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in errors

@@ -1,5 +1,7 @@
 """The card's path, against a stand-in for QEfficient that enforces the signatures of 1.23 (commit ebf55e8159c8)."""
 
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -211,3 +213,11 @@ def test_a_card_that_is_not_ready_is_no_card(sdk, script, complaint):
     (sdk / "tools/qaic-util").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=complaint):
         backend.choose("qaic")
+
+
+def test_onnxruntime_reports_to_nobody(tmp_path):
+    """It would begin by a file of its own among the temporary ones."""
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(backend.__file__).parents[1])}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", "import qaic_gpt2.runtime"], env=environment, check=True)
+    assert not [*tmp_path.iterdir()]

@@ -255,3 +255,13 @@ def test_ctrl_c_ends_a_download_that_hangs_and_the_next_one_is_whole(tmp_path, h
     monkeypatch.setattr(Hub, "mode", "whole")
     (found,) = find("gpt2", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
     assert found[2] == "downloaded from the hub" and Path(found[1], "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_cache_that_cannot_be_read_is_a_reason_for_nano(tmp_path):
+    """Another user's, say; a file in the place of a folder is one that root cannot read either."""
+    (tmp_path / "hub" / "models--openai-community--gpt2").mkdir(parents=True)
+    (tmp_path / "hub" / "models--openai-community--gpt2" / "snapshots").write_bytes(b"")
+    nano = make_model(tmp_path / "checkpoints" / "gpt2-nano")
+    by_default, by_name = find(None, "gpt2", nano=nano.parent, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert by_default[0] == "gpt2-nano" and by_default[2] == by_name[0]
+    assert by_name[0].startswith("gpt2 is in the local cache, which cannot be read: ") and "\n" not in by_name[0]

@@ -1,0 +1,51 @@
+"""The nightly run: which pins it loosens, and how it finds the package that breaks a test."""
+
+import nightly
+import pytest
+from nightly import Environment
+
+
+def test_the_pins_of_an_environment_are_those_for_this_python():
+    pins = nightly.pins_of("jax")
+    assert {"jax", "numpy", "pytest", "hypothesis", "transformers"} <= pins.keys()
+    assert all(version[0].isdigit() for version in pins.values())
+    assert nightly.loosened({"jax": "1.0", "numpy": "2.0"}, {"jax"}) == ["jax>=1.0", "numpy==2.0"]
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """Pins of three packages, of which two have newer releases; the test fails where `bad` is the newer one."""
+    releases = {"bad": "2.0", "good": "2.0", "nvtripys": "2.0", "colored": "2.0"}
+    there = {}
+
+    def install(self, lines):
+        there.update(
+            line.split("==") if "==" in line else (line.split(">=")[0], releases[line.split(">=")[0]]) for line in lines
+        )
+        return True
+
+    def test(self, *options):
+        (self.folder / "cache").mkdir(exist_ok=True)
+        return (1, ["test_x::test_y"]) if there["bad"] == "2.0" else (2, [])
+
+    monkeypatch.setattr(nightly, "ROOT", tmp_path)
+    monkeypatch.setattr(nightly, "pins_of", lambda env: dict.fromkeys(releases, "1.0"))
+    monkeypatch.setattr(Environment, "make", install)
+    monkeypatch.setattr(Environment, "install", install)
+    monkeypatch.setattr(Environment, "installed", lambda self: dict(there))
+    monkeypatch.setattr(Environment, "test", test)
+
+
+def test_the_package_that_breaks_a_test_is_named(pretended):
+    report, well = nightly.run("jax", set())
+    assert not well and report.startswith("## jax: 1 passed, 1 failed")
+    assert "| bad | 1.0 | 2.0 | breaks 1 |" in report
+    assert "| good | 1.0 | 2.0 | breaks none of them |" in report
+    assert "| colored | 1.0 | 1.0 |  |" in report  # held: a vendor's own pin
+    assert "- test_x::test_y" in report
+
+
+def test_what_is_held_is_not_tried(pretended):
+    report, well = nightly.run("jax", {"bad"})
+    assert well and "## jax: 2 passed, 0 failed" in report
+    assert "| bad | 1.0 | 1.0 |  |" in report and "| good | 1.0 | 2.0 |  |" in report
