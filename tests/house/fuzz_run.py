@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from fuzz_input import SPOIL, Payload, any_case, cuts, drawn, flags_of, found, good_words
+from fuzz_input import SPOIL, Payload, any_case, cuts, drawn, flags_of, found, good_words, named
 from house import ROOT, example_of
 from safetensors.numpy import save_file
 
@@ -269,9 +269,11 @@ def main(argv=None):
                 setattr(script, part, lambda *_, **__: sys.exit(0))
     tokens, made = good_runs(scripts, flags, example, folder, template, args.limit)
 
-    cases = [*drawn(any_case(flags, example, made), args.cases, args.seed), *cuts(example, flags, args.every)]
+    cases = [named(case, made) for case in drawn(any_case(flags, example, made), args.cases, args.seed)]
+    cases += cuts(example, flags, args.every)
     short = any_case(light, example, made).filter(lambda case: not asks_for_much(case.words))
-    cases += [case._replace(kind="processes") for case in drawn(short, args.processes, args.seed + 1)]
+    processes = drawn(short, args.processes, args.seed + 1)
+    cases += [named(case, made)._replace(kind="processes") for case in processes]
     cases += found(example, flags, made)  # last, for their number is not the same each time
     passed, failed, notes, slowest = Counter(), Counter(), Counter(), (0, "")
     for number, case in enumerate(cases):
