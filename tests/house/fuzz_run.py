@@ -155,9 +155,9 @@ def run_process(path, words, folder, limit):
 
     def encoded(word):
         try:
-            return os.fsencode(word[:100_000])
+            return os.fsencode(word[:25_000])  # the system takes 128 kB
         except UnicodeEncodeError:
-            return word.encode("utf-8", "surrogatepass")
+            return word[:25_000].encode("utf-8", "surrogatepass")
 
     command = [sys.executable, path, *map(encoded, words)]
     try:

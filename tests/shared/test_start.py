@@ -1,4 +1,4 @@
-"""start_script: the Pythons that it lets through, and what a console prints that lacks a character."""
+"""start_script: which Pythons it lets through, and characters that a console lacks. script: how it ends."""
 
 import io
 import signal
@@ -56,3 +56,49 @@ def test_a_script_that_is_imported_leaves_everything_as_it_was():
     before = signal.getsignal(signal.SIGINT), sys.stdout.errors
     shared.start_script("example")
     assert (signal.getsignal(signal.SIGINT), sys.stdout.errors) == before
+
+
+# -- how a script ends
+
+
+def ending(error):
+    @shared.script
+    def main(argv=None):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a name\nof two \x1b[2J lines\ud800"), "a name\\nof two \\x1b[2J lines\\ud800\n"),
+        (OSError(2, "no such file", "here"), "[Errno 2] no such file: 'here'\n"),
+        (MemoryError(), "there is not enough memory ()\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GB\nmore"), "there is not enough memory (RESOURCE_EXHAUSTED: 9 GB)\n"),
+        (RuntimeError("can't allocate memory: 8 EB"), "there is not enough memory (can't allocate memory: 8 EB)\n"),
+    ],
+)
+def test_what_a_user_can_mend_ends_in_one_line(error, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        ending(error)([])
+    assert ended.value.code == 2 and capsys.readouterr().err == line
+
+
+def test_a_value_that_argparse_takes_away_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        ending(AssertionError("it ran"))(["--prompt=--"])
+    assert ended.value.code == 2 and capsys.readouterr().err == "--prompt=--: -- is no value\n"
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end(capsys):
+    with pytest.raises(SystemExit):
+        ending(ValueError(f"device is {'x' * 10**6}, cpu is expected"))([])
+    error = capsys.readouterr().err
+    assert error.startswith("device is xxx") and error.endswith("xxx, cpu is expected\n") and len(error) < 2100
+
+
+@pytest.mark.parametrize("ours", [RuntimeError("a shape"), RecursionError("deep"), KeyError("name"), AssertionError()])
+def test_what_is_ours_keeps_its_traceback(ours):
+    with pytest.raises(type(ours)):
+        ending(ours)([])
