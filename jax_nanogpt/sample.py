@@ -89,6 +89,10 @@ def main(argv=None):
     for name in ("num_samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
+    if args.seed >= 2**63:
+        raise ValueError(f"seed is {args.seed}, below 2**63 is expected")
+    if args.num_samples > 2**16:
+        raise ValueError(f"num_samples is {args.num_samples}, at most {2**16} is expected")
     if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
         raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
     devices = choose_devices(args.device)

@@ -243,6 +243,8 @@ def check(args):
     for name in ("max_new_tokens", "batch", "cores"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
+    if args.batch > 2**16:
+        raise ValueError(f"batch is {args.batch}, at most {2**16} is expected")
     if args.cores > 1 and not args.window:
         raise ValueError(
             f"cores is {args.cores}, with a cache 1 is expected: start a process for each core, with "

@@ -52,6 +52,10 @@ def script(run):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError, ImportError) as error:
             fail(error)
+        except (MemoryError, RuntimeError) as error:  # an engine's own word for it is a RuntimeError
+            if not (type(error) is MemoryError or re.search("RESOURCE_EXHAUSTED|allocate memory", str(error))):
+                raise
+            fail(f"there is not enough memory ({str(error).partition(chr(10))[0]:.200})")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             if alone:

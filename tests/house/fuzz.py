@@ -40,7 +40,9 @@ def fuzz(python: Path, root: Path, project: str, *options: str) -> Result:
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{project}-") as scratch:
         command = [python, HERE / "fuzz_run.py", project, scratch, "--root", root, *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-        run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        )
         told, _, last = run.stdout.rstrip().rpartition("\n")
         try:
             counts = json.loads(last)
@@ -54,7 +56,9 @@ def fuzz(python: Path, root: Path, project: str, *options: str) -> Result:
 def fuzz_shared(python: Path, root: Path) -> Result:
     """tests/shared with many more examples."""
     command = [python, "-m", "pytest", "-q", "tests/shared", "--hypothesis-profile=fuzz"]
-    run = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.run(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+    )
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", run.stdout[-300:])}
     failed = sum(counts.get(word, 0) for word in ("failed", "error")) or int(run.returncode != 0)
     return Result(run.stdout * bool(failed), Counter(tests=counts.get("passed", 0)), Counter(tests=failed))

@@ -330,6 +330,9 @@ def found(example, flags, made):
     yield Case("found", example, (*without, written(prompt, "--")))  # of which argparse makes an empty list
     yield Case("found", example, (*words, f"--model={MEGABYTE * 'x'}", "--device=\n\n"))
     yield Case("found", example, (*words, "--dump=device"))  # which a file took the place of
+    for flag in flags[example]:
+        if flag.type is int:
+            yield Case("found", example, (*words, written(flag, 2**63)))
     for key in "n_layer", "n_positions", "vocab_size":
         yield Case("found", example, words, ("change_json", "model/config.json", key, "1048576"))
     for name in made:

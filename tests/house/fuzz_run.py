@@ -221,6 +221,7 @@ def prepare(root, project, scratch):
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hub"), "QEFF_HOME": str(case / "qeff")}
     os.environ |= {"TMPDIR": str(case / "tmp"), "JAX_COMPILATION_CACHE_DIR": str(scratch / "jax")}
     sys.stdout.reconfigure(errors="backslashreplace")  # as shared.start_script does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     make_files(scratch / "template")
