@@ -75,7 +75,7 @@ class Place:
 
     def running(self):
         """The processes that still run of those started here: each names a path in its arguments."""
-        listed = subprocess.run(["ps", "-eww", "-o", "pid=,args="], capture_output=True, text=True, check=True)
+        listed = subprocess.run(["ps", "-eww", "-o", "pid=,args="], capture_output=True, encoding="utf-8", check=True)
         return [int(line.split()[0]) for line in listed.stdout.splitlines() if f"{self.folder}/" in line]
 
     def stray(self):
