@@ -53,7 +53,7 @@ def script(run):
         except (ValueError, OSError, ImportError) as error:
             fail(error)
         except (MemoryError, RuntimeError) as error:  # an engine's own word for it is a RuntimeError
-            if not (type(error) is MemoryError or re.search("RESOURCE_EXHAUSTED|allocate memory", str(error))):
+            if not (isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|allocate memory", str(error))):
                 raise
             fail(f"there is not enough memory ({str(error).partition(chr(10))[0]:.200})")
         except KeyboardInterrupt:

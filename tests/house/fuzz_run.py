@@ -23,7 +23,6 @@ import sys
 import time
 import traceback
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -270,12 +269,12 @@ def main(argv=None):
                 setattr(script, part, lambda *_, **__: sys.exit(0))
     tokens, made = good_runs(scripts, flags, example, folder, template, args.limit)
 
-    here = [*found(example, flags, made), *drawn(any_case(flags, example, made), args.cases, args.seed)]
-    here += cuts(example, flags, args.every)
+    cases = [*drawn(any_case(flags, example, made), args.cases, args.seed), *cuts(example, flags, args.every)]
     short = any_case(light, example, made).filter(lambda case: not asks_for_much(case.words))
-    processes = drawn(short, args.processes, args.seed + 1)
+    cases += [case._replace(kind="processes") for case in drawn(short, args.processes, args.seed + 1)]
+    cases += found(example, flags, made)  # last, for their number is not the same each time
     passed, failed, notes, slowest = Counter(), Counter(), Counter(), (0, "")
-    for number, case in enumerate(chain(here, processes)):
+    for number, case in enumerate(cases):
         if args.only not in (None, number):
             continue
         (args.scratch / "now").write_text(f"{number} {case}", encoding="utf-8")
@@ -283,11 +282,10 @@ def main(argv=None):
         if case.spoil:
             SPOIL[case.spoil[0]](folder, *case.spoil[1:])
         began = time.monotonic()
-        if number < len(here):
-            *ended, changed = run_here(scripts[case.script].main, case.words, folder, args.limit)
-        else:
+        if case.kind == "processes":
             *ended, changed = run_process(root / args.project / case.script, case.words, folder, args.limit)
-            case = case._replace(kind="processes")
+        else:
+            *ended, changed = run_here(scripts[case.script].main, case.words, folder, args.limit)
         slowest = max(slowest, (time.monotonic() - began, str(case)))
         notes.update(f"{case.script} changes {what}" for what in changed)
         if wrong := complaint(case, folder, template, tokens, args.limit, *ended):

@@ -75,6 +75,7 @@ def ending(error):
         (ValueError("a name\nof two \x1b[2J lines\ud800"), "a name\\nof two \\x1b[2J lines\\ud800\n"),
         (OSError(2, "no such file", "here"), "[Errno 2] no such file: 'here'\n"),
         (MemoryError(), "there is not enough memory ()\n"),
+        (type("ArrayMemoryError", (MemoryError,), {})("8 EB"), "there is not enough memory (8 EB)\n"),  # as NumPy's
         (RuntimeError("RESOURCE_EXHAUSTED: 9 GB\nmore"), "there is not enough memory (RESOURCE_EXHAUSTED: 9 GB)\n"),
         (RuntimeError("can't allocate memory: 8 EB"), "there is not enough memory (can't allocate memory: 8 EB)\n"),
     ],
