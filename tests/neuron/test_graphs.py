@@ -176,7 +176,7 @@ def damage():
 
 
 def damage_deeply():
-    STEP.with_suffix(".json").write_text("[" * 100_000)
+    STEP.with_suffix(".json").write_text("[" * 100_000, encoding="utf-8")
 
 
 @pytest.mark.parametrize("harm", [truncate, replace, orphan, damage, damage_deeply])
@@ -194,7 +194,7 @@ def test_a_run_waits_for_another_that_puts_its_files_in_place(gpt, monkeypatch):
     """The graph is there already, and its description comes a moment later."""
     make(gpt)
     described = STEP.with_suffix(".json").read_bytes()
-    STEP.with_suffix(".json").write_text("{}")
+    STEP.with_suffix(".json").write_text("{}", encoding="utf-8")
     threading.Timer(0.2, STEP.with_suffix(".json").write_bytes, [described]).start()
     assert "reused" in make(gpt)[1][0]
 

@@ -251,11 +251,11 @@ def test_an_artifact_that_was_changed_is_not_loaded(tiny, tmp_path, name):
 )
 def test_an_artifact_that_is_noted_otherwise_is_not_loaded(tiny, tmp_path, change):
     folder = compiled(tiny, export_dir=tmp_path, ctx_len=64).qpc_path
-    noted = json.loads((folder / "compile.json").read_text())
-    (folder / "compile.json").write_text(json.dumps(change(noted)))
+    noted = json.loads((folder / "compile.json").read_text(encoding="utf-8"))
+    (folder / "compile.json").write_text(json.dumps(change(noted)), encoding="utf-8")
     with pytest.raises(ValueError, match="to compile anew"):
         Session(folder)
-    (folder / "compile.json").write_text("[" * 100_000)
+    (folder / "compile.json").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(ValueError, match="to compile anew"):
         Session(folder)
 
