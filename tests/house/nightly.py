@@ -85,6 +85,11 @@ class Environment:
         names = [f"{case.get('classname')}::{case.get('name')}" for case in failed]
         return passed, names or ([f"pytest ended with exit status {status}"] if status not in (0, 5) else [])
 
+    def retry(self, pins: dict[str, str]) -> "list[str] | None":
+        """Which of the tests that failed still do with these versions; None where pip refuses them."""
+        shutil.copytree(self.folder / "failed", self.folder / "cache", dirs_exist_ok=True)
+        return self.test("--last-failed")[1] if self.install(loosened(pins, ())) else None
+
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -100,16 +105,13 @@ def run(env: str, hold: set[str]) -> tuple[str, bool]:
     versions = place.installed()
     newer = {name for name in free if versions.get(_plain(name), pins[name]) != pins[name]}
     passed, failed = place.test()
-    alone = dict.fromkeys(newer, "")
+    alone, anyway = {}, []
     if failed:
         shutil.copytree(place.folder / "cache", place.folder / "failed", dirs_exist_ok=True)
+        anyway = place.retry(pins) or []
         for name in sorted(newer):
-            shutil.copytree(place.folder / "failed", place.folder / "cache", dirs_exist_ok=True)
-            if not place.install(loosened(pins, {name})):
-                alone[name] = "cannot be installed beside the pins"
-            else:
-                broken = place.test("--last-failed")[1]
-                alone[name] = f"breaks {len(broken)}" if broken else "breaks none of them"
+            broken = place.retry(pins | {name: versions[_plain(name)]})
+            alone[name] = "cannot be installed" if broken is None else f"breaks {len({*broken} - {*anyway})}"
     rows = [
         f"| {name} | {pins[name]} | {versions.get(_plain(name), 'not installed')} | {alone.get(name, '')} |"
         for name in sorted(pins)
@@ -117,7 +119,7 @@ def run(env: str, hold: set[str]) -> tuple[str, bool]:
     table = "\n".join(
         ["| package | pinned | installed | alone, of the tests that failed |", "|---|---|---|---|", *rows]
     )
-    names = "".join(f"\n- {name}" for name in failed)
+    names = "".join(f"\n- {name}{', with the pins too' * (name in anyway)}" for name in failed)
     return f"## {env}: {passed} passed, {len(failed)} failed\n\n{table}\n{names}\n", not failed
 
 

@@ -156,10 +156,10 @@ def test_a_run_with_nothing_good_left_is_refused_in_one_line(two_checkpoints, ru
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 1.5 MB, and a function that makes it larger."""
+    """A disk with room for two checkpoints and no third, and a function that makes it larger."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", disk]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk wants root")
     yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)

@@ -75,8 +75,9 @@ class Place:
 
     def running(self):
         """The processes that still run of those started here: each names a path in its arguments."""
-        listed = subprocess.run(["ps", "-eww", "-o", "pid=,args="], capture_output=True, encoding="utf-8", check=True)
-        return [int(line.split()[0]) for line in listed.stdout.splitlines() if f"{self.folder}/" in line]
+        listed = subprocess.run(["ps", "-eww", "-o", "pid=,args="], capture_output=True, check=True)
+        folder = f"{self.folder}/".encode()
+        return [int(line.split()[0]) for line in listed.stdout.splitlines() if folder in line]
 
     def stray(self):
         """What a run must not leave: files half-written or for a while."""
