@@ -1,12 +1,17 @@
 """start_script: which Pythons it lets through, and characters that a console lacks. script: how it ends."""
 
 import io
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import shared
+
+ROOT = Path(shared.__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +102,31 @@ def test_a_long_message_keeps_its_beginning_and_its_end(capsys):
         ending(ValueError(f"device is {'x' * 10**6}, cpu is expected"))([])
     error = capsys.readouterr().err
     assert error.startswith("device is xxx") and error.endswith("xxx, cpu is expected\n") and len(error) < 2100
+
+
+INTO_A_DESTRUCTOR = """
+import signal, time
+from shared import script, start_script
+start_script(__name__)
+
+class Resource:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+@script
+def main(argv=None):
+    Resource()
+    time.sleep(60)
+
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that one sends oneself")
+def test_ctrl_c_is_not_lost_in_a_destructor():
+    command = [sys.executable, "-c", INTO_A_DESTRUCTOR]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=30)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("ours", [RuntimeError("a shape"), RecursionError("deep"), KeyError("name"), AssertionError()])
