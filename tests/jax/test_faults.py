@@ -171,7 +171,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_room_it_goes_on(small_dis
     process = start(dataset, disk / "out", *OFTEN, "--max_iters=20", stderr=subprocess.PIPE, encoding="utf-8")
     _, errors = process.communicate(timeout=120)
     good, _ = state(disk / "out")
-    assert process.returncode == 1 and "Traceback" not in errors
+    assert process.returncode == 2 and "Traceback" not in errors
     assert errors.splitlines()[-1].endswith(f"the last good checkpoint: iteration {good} in {disk / 'out'}")
     assert not list((disk / "out").rglob("*tmp*")) and not list((disk / "out").glob("*.part"))
     make_room()
@@ -185,7 +185,7 @@ def test_a_file_that_must_not_grow_ends_the_run_in_one_line(dataset, tmp_path):
     options = {"stderr": subprocess.PIPE, "encoding": "utf-8", "preexec_fn": limit}
     process = start(dataset, tmp_path, *OFTEN, "--max_iters=20", **options)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in errors
+    assert process.returncode == 2 and "Traceback" not in errors
     pattern = r".* cannot be written: iteration \d could not be saved: .*; (there is no|the last good) checkpoint.*"
     assert re.fullmatch(pattern, errors.splitlines()[-1])
 
