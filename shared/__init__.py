@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import threading
-from functools import wraps
+from functools import partial, wraps
 
 FIRST, LAST = (3, 11), (3, 13)  # the Pythons that every pin of every project has a wheel for, on a CPU
 
@@ -44,7 +44,7 @@ def script(run):
         alone = run.__module__ == "__main__"  # else a test called it, whose own Ctrl-C it is
         if alone:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.unraisablehook = interrupt_again
+            sys.unraisablehook = partial(interrupt_again, sys.unraisablehook)
         try:
             for word in sys.argv[1:] if argv is None else argv:
                 if re.fullmatch("--[^=]+=--", word):  # of which argparse makes an empty list, until Python 3.13
@@ -70,9 +70,9 @@ def script(run):
     return main
 
 
-def interrupt_again(ignored):
+def interrupt_again(otherwise, ignored):
     """Python ignores a Ctrl-C that falls into a destructor, or into JAX's callback of the garbage collector."""
     if ignored.exc_type is KeyboardInterrupt:
         threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
     else:
-        sys.__unraisablehook__(ignored)
+        otherwise(ignored)
