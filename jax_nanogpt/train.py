@@ -307,10 +307,8 @@ def say(text, file=None):
         (file or sys.stdout).flush()
 
 
-def give_up(text, status):
-    if leads():
-        print(text, file=sys.stderr)
-    sys.exit(status)
+def give_up(text):
+    sys.exit(text if leads() else 1)
 
 
 def lost(error):
@@ -413,7 +411,7 @@ def train(config, splits, mesh, model_config, optimizer, state, checkpoints, tok
     def insist_on_numbers(losses, first):
         for iteration, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                give_up(f"the loss is {loss} at iteration {iteration}; {last_good(out_dir)}", 1)
+                give_up(f"the loss is {loss} at iteration {iteration}; {last_good(out_dir)}")
 
     def settle(first, count, seen, signals, began):
         """Waits for a call's losses, looks at them and writes them down."""
@@ -495,7 +493,8 @@ def run(argv):
         with jax.set_mesh(mesh) if mesh.size > 1 else one_device:
             return train(config, splits, mesh, model_config, optimizer, state, checkpoints, tokenizer_folder)
     except OSError as error:  # a full disk, as a rule
-        give_up(f"{config.out_dir} cannot be written: {error}; {last_good(config.out_dir)}", 2)
+        say(f"{config.out_dir} cannot be written: {error}; {last_good(config.out_dir)}", sys.stderr)
+        sys.exit(2)
 
 
 @script
