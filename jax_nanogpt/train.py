@@ -307,10 +307,6 @@ def say(text, file=None):
         (file or sys.stdout).flush()
 
 
-def give_up(text):
-    sys.exit(text if leads() else 1)
-
-
 def lost(error):
     """What the others say when one of several processes has died."""
     text = f"process {jax.process_index()} of {jax.process_count()}: another one is gone, or cannot be reached"
@@ -411,7 +407,7 @@ def train(config, splits, mesh, model_config, optimizer, state, checkpoints, tok
     def insist_on_numbers(losses, first):
         for iteration, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                give_up(f"the loss is {loss} at iteration {iteration}; {last_good(out_dir)}")
+                sys.exit(f"the loss is {loss} at iteration {iteration}; {last_good(out_dir)}" if leads() else 1)
 
     def settle(first, count, seen, signals, began):
         """Waits for a call's losses, looks at them and writes them down."""

@@ -32,14 +32,8 @@ from safetensors.numpy import save_file
 
 LONG_S = 4  # for a case that asks for a lot: Ctrl-C must end it
 MEMORY = 16 * 2**30
-HEAVY = (
-    "Report",
-    "Peer",
-    "trainer",
-    "pydoc_topics",
-    "bits",
-    "free_port",
-)  # where minutes of work begin: the input was good
+# where minutes of work begin: the input was good
+HEAVY = ("Report", "Peer", "trainer", "pydoc_topics", "bits", "free_port")
 LIBRARIES = {"tmp/torchinductor_root"}  # what they keep, whole
 UNFINISHED = re.compile(r"\.part$|\.tmp|-tmp|^\.|\.json\.\d+$")
 
