@@ -76,16 +76,23 @@ def command(root: Path, project: str, **settings) -> list[str]:
     return [str(root / project / script), *(word.format(**settings) for word in EXAMPLES[project].options.split())]
 
 
+def environment_of(scratch: Path) -> dict[str, str]:
+    """scratch is the home of what QEfficient keeps."""
+    # one thread: gpt2-nano is too small for more, which wait for each other wherever other work runs
+    return {"OMP_NUM_THREADS": "1"} | os.environ | {"QEFF_HOME": str(scratch / "qeff"), "PYTHONUTF8": "1"}
+
+
+def read_dump(path: Path) -> "dict[str, np.ndarray] | None":
+    return dict(np.load(io.BytesIO(path.read_bytes()))) if path.exists() else None
+
+
 def ask(python: Path, root: Path, project: str, scratch: Path, **settings) -> Answer:
-    """Runs the example. scratch is where it may leave files, and finds no older ones: where it starts, and the home
-    of QEfficient's artifacts."""
+    """Runs the example as a process that starts in the folder scratch."""
     dump = scratch / "dump.npz"
     dump.unlink(missing_ok=True)
-    # one thread: gpt2-nano is too small for more, which wait for each other wherever other work runs
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"QEFF_HOME": str(scratch / "qeff"), "PYTHONUTF8": "1"}
     words = [str(python), *command(root, project, dump=dump, **settings)]
     start = time.perf_counter()
-    run = subprocess.run(words, cwd=scratch, env=environment, capture_output=True, text=True, encoding="utf-8")
-    seconds = time.perf_counter() - start
-    arrays = dict(np.load(io.BytesIO(dump.read_bytes()))) if dump.exists() else None
-    return Answer(run.returncode, run.stdout, run.stderr, seconds, arrays)
+    run = subprocess.run(
+        words, cwd=scratch, env=environment_of(scratch), capture_output=True, text=True, encoding="utf-8"
+    )
+    return Answer(run.returncode, run.stdout, run.stderr, time.perf_counter() - start, read_dump(dump))

@@ -7,6 +7,7 @@ from examples import python_of
 from house import ROOT
 from parity import NANO, Referee, write_report
 from places import NEW_TOKENS, PROMPT
+from served import Served
 
 
 def pytest_addoption(parser):
@@ -52,6 +53,21 @@ def pythons():
         return made[project]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def served(pythons, tmp_path_factory):
+    """served(project).ask(...): the project's example, in one process for all tests."""
+    started = {}
+
+    def get(project):
+        if project not in started:
+            started[project] = Served(pythons(project), ROOT, project, tmp_path_factory.mktemp(project))
+        return started[project]
+
+    yield get
+    for process in started.values():
+        process.close()
 
 
 def pytest_terminal_summary(terminalreporter, config):

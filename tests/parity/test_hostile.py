@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 import torch
-from examples import EXAMPLES, ask
-from house import ROOT
+from examples import EXAMPLES
 from parity import NANO
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -96,11 +95,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("spoil", HOSTILE, ids=lambda spoil: spoil.__name__)
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_a_spoilt_checkpoint_is_refused_in_one_line(project, spoil, pythons, tmp_path):
+def test_a_spoilt_checkpoint_is_refused_in_one_line(project, spoil, served, tmp_path):
     folder, executed = tmp_path / "checkpoint", tmp_path / "executed"
     shutil.copytree(NANO, folder)
     spoil(folder, executed)
-    answer = ask(pythons(project), ROOT, project, tmp_path, model=folder, prompt="To be", new_tokens=4)
+    answer = served(project).ask(model=folder, prompt="To be", new_tokens=4)
     assert answer.status == 2, answer.stderr
     assert answer.stderr.count("\n") == 1 and str(folder) in answer.stderr and "Traceback" not in answer.stderr
     assert not executed.exists() and answer.dump is None
@@ -120,10 +119,10 @@ def tokens_that_the_tokenizer_lacks(folder):
 
 @pytest.mark.parametrize("spoil", [weights_that_are_no_numbers, tokens_that_the_tokenizer_lacks])
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_what_is_found_late_is_told_in_one_line_too(project, spoil, pythons, tmp_path):
+def test_what_is_found_late_is_told_in_one_line_too(project, spoil, served, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(NANO, folder)
     spoil(folder)
     settings = {"prompt": "To be", "new_tokens": 30, "temperature": 1, "top_k": 5000}
-    answer = ask(pythons(project), ROOT, project, tmp_path, model=folder, **settings)
+    answer = served(project).ask(model=folder, **settings)
     assert answer.status == 2 and answer.stderr.count("\n") == 1 and answer.dump is None, answer.stderr

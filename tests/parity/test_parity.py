@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 import torch
-from examples import EXAMPLES, ask
-from house import ROOT
+from examples import EXAMPLES
 from parity import NANO, Case, Referee, compare
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,13 +39,6 @@ RANDOM = [Case("short", "To be, or not to be", tie=1e-4), Case("over the edge", 
 
 
 @pytest.fixture(scope="session")
-def scratch(tmp_path_factory):
-    """Each project's folder for what it leaves: what one case has compiled serves the next."""
-    folders = {project: tmp_path_factory.mktemp(project) for project in EXAMPLES}
-    return folders.get
-
-
-@pytest.fixture(scope="session")
 def random_referee(tmp_path_factory):
     """A GPT-2 of random weights, biases among them, with gpt2-nano's vocabulary."""
     folder = tmp_path_factory.mktemp("random")
@@ -61,9 +53,9 @@ def random_referee(tmp_path_factory):
     return Referee(folder)
 
 
-def check(project, model, case, referee, pythons, scratch, outcomes):
+def check(project, model, case, referee, served, outcomes):
     settings = {"prompt": case.prompt, "new_tokens": case.new_tokens, "temperature": case.temperature}
-    answer = ask(pythons(project), ROOT, project, scratch(project), model=referee.folder, **settings)
+    answer = served(project).ask(model=referee.folder, **settings)
     outcome = compare(project, model, case, answer, referee)
     outcomes.append(outcome)
     assert not outcome.complaints, "\n".join(outcome.complaints)
@@ -82,18 +74,18 @@ def test_the_cases_reach_and_pass_the_edge(referee):
 
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_gpt2_nano_writes_as_in_transformers(project, case, referee, pythons, scratch, outcomes):
-    check(project, "gpt2-nano", case, referee, pythons, scratch, outcomes)
+def test_gpt2_nano_writes_as_in_transformers(project, case, referee, served, outcomes):
+    check(project, "gpt2-nano", case, referee, served, outcomes)
 
 
 @pytest.mark.parametrize("case", RANDOM, ids=by_name)
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_random_weights_write_as_in_transformers(project, case, random_referee, pythons, scratch, outcomes):
+def test_random_weights_write_as_in_transformers(project, case, random_referee, served, outcomes):
     """A tie that goes the other way is no failure, and stands in the report."""
-    check(project, "random", case, random_referee, pythons, scratch, outcomes)
+    check(project, "random", case, random_referee, served, outcomes)
 
 
 @pytest.mark.parametrize("project", [project for project, example in EXAMPLES.items() if example.numpy])
-def test_the_same_seed_draws_the_same_tokens(project, referee, pythons, scratch, outcomes):
+def test_the_same_seed_draws_the_same_tokens(project, referee, served, outcomes):
     """On every stack those that shared/sampling.py draws from transformers' logits: JAX has a generator of its own."""
-    check(project, "gpt2-nano", SAMPLED, referee, pythons, scratch, outcomes)
+    check(project, "gpt2-nano", SAMPLED, referee, served, outcomes)

@@ -1,0 +1,151 @@
+"""Plants one fault at a time in a copy of the repository, and expects the tests to notice each.
+
+    make mutants                                          # all
+    make mutants MUTANTS="--env jax"                      # one environment's
+    make mutants MUTANTS="--env qaic --about throughput"  # those whose description has this word
+
+The faults are in tests/*/mutants*.toml: the file, the text to replace, what replaces it, and the narrowest tests that
+should fail. A fault that no test can notice says why, in `survives`.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 300  # a fault can make a test run forever
+
+
+@dataclass(frozen=True)
+class Mutant:
+    env: str  # of tox, and the folder under tests
+    about: str
+    file: str
+    right: str
+    wrong: str
+    tests: str  # pytest's arguments
+    survives: str = ""  # why no test can notice it
+
+    def text(self, root: Path) -> str:
+        """The file with the fault in it."""
+        text = (root / self.file).read_text(encoding="utf-8")
+        if text.count(self.right) != 1:
+            raise ValueError(f"{self.file} must hold {self.right!r} once, got {text.count(self.right)} ({self.about})")
+        return text.replace(self.right, self.wrong)
+
+
+def read_mutants(root: Path) -> list[Mutant]:
+    found = []
+    for path in sorted(root.glob("tests/*/mutants*.toml")):
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
+        found += [Mutant(path.parent.name, **entry) for entry in entries]
+    return found
+
+
+def copy_repository(root: Path, copy: Path) -> Path:
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+    for name in filter(None, listed.split("\0")):
+        if (root / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, copy / name)
+    return copy
+
+
+def run_tests(python: Path, copy: Path, tests: str) -> tuple[int, str]:
+    """pytest's exit status in the copy, and the end of what it printed."""
+    # no .pyc: Python knows one by size and second, and a fault may share both with the line that it replaces
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+    try:
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return 1, f"no end in {LIMIT_S} s"
+    return run.returncode, run.stdout[-2000:] + run.stderr[-1000:]
+
+
+def outcome_of(mutant: Mutant, status: int) -> str:
+    """pytest exits with 1 if tests failed; 2 to 5 mean that it ran none, which says nothing about the fault."""
+    outcome = {0: "survived", 1: "killed"}.get(status, "broken")
+    return "explained" if outcome == "survived" and mutant.survives else outcome
+
+
+def try_one(copies: SimpleQueue, env: str, tests: str, mutant: Mutant | None) -> tuple[int, str, float]:
+    """(exit status, output, seconds) of these tests, with the fault in a copy that no other thread uses."""
+    copy, start = copies.get(), time.perf_counter()
+    try:
+        if mutant:
+            (copy / mutant.file).write_text(mutant.text(ROOT), encoding="utf-8")
+        return *run_tests(ROOT / ".tox" / env / "bin" / "python", copy, tests), time.perf_counter() - start
+    finally:
+        if mutant:
+            shutil.copy(ROOT / mutant.file, copy / mutant.file)
+        copies.put(copy)
+
+
+def try_all(mutants: list[Mutant], jobs: int, scratch: Path) -> Counter:
+    """Counts of (env, outcome), a line printed for each."""
+    copies = SimpleQueue()
+    for job in range(jobs):
+        copies.put(copy_repository(ROOT, scratch / str(job)))
+    attempt, counts = partial(try_one, copies), Counter()
+    with ThreadPoolExecutor(jobs) as pool:
+        selections = sorted({(mutant.env, mutant.tests) for mutant in mutants})
+        sound = pool.map(lambda selection: attempt(*selection, None), selections)
+        for (env, tests), (status, output, _) in zip(selections, sound, strict=True):
+            if status:
+                sys.exit(f"{env}: these tests must pass without a fault: pytest {tests}\n{output}")
+        tried = pool.map(lambda mutant: attempt(mutant.env, mutant.tests, mutant), mutants)
+        for mutant, (status, output, seconds) in zip(mutants, tried, strict=True):
+            outcome = outcome_of(mutant, status)
+            counts[mutant.env, outcome] += 1
+            print(f"{outcome:9} {mutant.env:7} {seconds:5.1f} s  {mutant.file}: {mutant.about}", flush=True)
+            if outcome in ("survived", "broken"):
+                print(f"  pytest {mutant.tests}\n{output}", flush=True)
+    return counts
+
+
+def report(counts: Counter) -> str:
+    """A line an environment, and one for all: jax: 3 killed of 4 (75%), 1 survived."""
+    lines = []
+    for env in [*sorted({env for env, _ in counts}), "all"]:
+        own = Counter()
+        for (name, outcome), count in counts.items():
+            own[outcome] += count if env in (name, "all") else 0
+        others = "".join(f", {own[name]} {name}" for name in ("survived", "explained", "broken") if own[name])
+        lines.append(f"{env}: {own['killed']} killed of {own.total()} ({own['killed'] / own.total():.0%}){others}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", action="append", help="only this environment's faults (may be repeated)")
+    parser.add_argument("--about", default="", help="only faults whose description contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time (default: %(default)s)")
+    args = parser.parse_args(argv)
+    mutants = [m for m in read_mutants(ROOT) if args.about in m.about and (not args.env or m.env in args.env)]
+    if not mutants:
+        parser.error("no fault has this env and this description")
+    for env in sorted({mutant.env for mutant in mutants}):
+        subprocess.run([sys.executable, "-m", "tox", "run", "-qq", "--notest", "-e", env], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        counts = try_all(mutants, args.jobs, Path(scratch))
+    print(report(counts))
+    return int(any(outcome in ("survived", "broken") for _, outcome in counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
