@@ -2,10 +2,18 @@
 PYTHON ?= python3.11
 TOX = .venv/bin/tox
 
-.PHONY: test demo bench fuzz kills versions clean
+.PHONY: test avx2 demo bench fuzz mutants kills versions clean
 
 test: $(TOX)
-	$(TOX) run
+	$(TOX) run-parallel --parallel-no-spinner
+
+# the tests of the engines as on a CPU without AVX-512: each engine's own switch
+avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+avx2: export ATEN_CPU_CAPABILITY = avx2
+avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
+avx2: export XLA_FLAGS = --xla_cpu_max_isa=AVX2
+avx2: $(TOX)
+	$(TOX) run-parallel --parallel-no-spinner -e jax,neuron,qaic,tripy,parity -- -m engine
 
 demo: $(TOX)
 	@$(TOX) run -qq -e demo
@@ -15,6 +23,10 @@ bench: $(TOX)
 
 fuzz: $(TOX)
 	@$(TOX) run -qq -e fuzz -- $(FUZZ)
+
+# one fault at a time in a copy of the code: which tests notice it
+mutants: $(TOX)
+	@$(TOX) run -qq -e mutants -- $(MUTANTS)
 
 # kill -9 at fifty random moments of training, and an exact resume after each; Ctrl-C at 25 of each project's example
 kills: $(TOX)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from examples import python_of
 from house import ROOT
-from parity import NANO, Referee, write_report
+from parity import NANO, Outcome, Referee, write_report
 from places import NEW_TOKENS, PROMPT
 from served import Served
 
@@ -17,17 +17,18 @@ def pytest_addoption(parser):
     group.addoption("--interrupts-seed", type=int, default=0, help="of their moments (default: %(default)s)")
 
 
-_outcomes = pytest.StashKey[list]()
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With pytest-xdist, one worker has all tests of a project, and so its one process."""
+    for item in items:
+        if callspec := getattr(item, "callspec", None):
+            item.add_marker(pytest.mark.xdist_group(callspec.params.get("project", "none")))
 
 
-def pytest_configure(config):
-    config.stash[_outcomes] = []
-
-
-@pytest.fixture(scope="session")
-def outcomes(request):
-    """Collects what the report tells."""
-    return request.config.stash[_outcomes]
+@pytest.fixture
+def report(request):
+    """report(kind, value): for the summary at the end, also from a worker of pytest-xdist."""
+    return lambda kind, value: request.node.user_properties.append((kind, value))
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +72,15 @@ def served(pythons, tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.stash[_outcomes]:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [
+        pair for report in reports if getattr(report, "when", "") == "call" for pair in report.user_properties
+    ]
+    if outcomes := [Outcome(**value) for kind, value in properties if kind == "parity"]:
         folder = config.getoption("--report")
         terminalreporter.section("parity with transformers in float32")
-        terminalreporter.write(write_report(folder, config.stash[_outcomes]))
+        terminalreporter.write(write_report(folder, outcomes))
         terminalreporter.line(f"\nwith a picture, by position, in {folder}")
+    for kind, value in properties:
+        if kind == "counts":
+            terminalreporter.line(value)

@@ -82,18 +82,15 @@ class Outcome:
     new_tokens: int = 0
     context: int = 0
     flips: list[int] = field(default_factory=list)  # positions where a tie went the other way
-    differences: np.ndarray = field(default_factory=lambda: np.zeros((0, 1)))  # of logits, (tokens, vocabulary)
+    worst_at: list[float] = field(default_factory=list)  # the largest difference of a logit, for each token
+    mean: float = 0.0  # difference of a logit
 
     def complain(self, what: str) -> None:
         self.complaints.append(f"{self.project} ({self.model}, the prompt {self.case!r}): {what}")
 
     @property
-    def worst(self):
-        return float(self.differences.max(initial=0))
-
-    @property
-    def mean(self):
-        return float(self.differences.mean()) if self.differences.size else 0.0
+    def worst(self) -> float:
+        return float(np.max(self.worst_at, initial=0))  # NaN where any is
 
 
 def compare(project: str, model: str, case: Case, answer: Answer, referee: Referee) -> Outcome:
@@ -127,7 +124,8 @@ def compare(project: str, model: str, case: Case, answer: Answer, referee: Refer
     text = (*prompt, *map(int, tokens))
     exact = referee.logits(text, len(prompt))
     outcome.prompt_tokens, outcome.new_tokens = len(prompt), len(tokens)
-    outcome.differences = np.abs(logits - exact)
+    differences = np.abs(logits - exact)
+    outcome.worst_at, outcome.mean = differences.max(axis=1).tolist(), float(differences.mean())
     best = np.sort(exact, axis=1)
     gaps = best[:, -1] - best[:, -2]
     sampler = Sampler(temperature=case.temperature, top_k=50, seed=1)
@@ -139,7 +137,7 @@ def compare(project: str, model: str, case: Case, answer: Answer, referee: Refer
         other = other[~tied]
     if len(other):
         outcome.complain(where_texts_part(project, text, len(prompt) + int(other[0]), referee, sampler))
-    far = np.flatnonzero(~(outcome.differences.max(axis=1) <= LIMIT))  # true for NaN
+    far = np.flatnonzero(~(differences.max(axis=1) <= LIMIT))  # true for NaN
     if len(far):
         outcome.complain(
             f"logits are up to {outcome.worst:.1e} from transformers', {LIMIT:g} at most is expected; at {len(far)} of "
@@ -198,8 +196,7 @@ def table(outcomes: list[Outcome]) -> str:
         flips, wrong = sum(len(outcome.flips) for outcome in own), sum(bool(outcome.complaints) for outcome in own)
         others = f"DISAGREES in {wrong} of {len(own)} texts" if wrong else f"{flips} (ties)" if flips else "none"
         tokens = sum(outcome.new_tokens for outcome in compared)
-        weights = sum(outcome.differences.size for outcome in compared) or 1
-        mean = sum(float(outcome.differences.sum()) for outcome in compared) / weights
+        mean = sum(outcome.mean * outcome.new_tokens for outcome in compared) / (tokens or 1)
         worst = max((outcome.worst for outcome in compared), default=0)
         lines.append(f"| {project} | {len(compared)} | {tokens:,} | {others} | {worst:.1e} | {mean:.1e} |")
     return "\n".join(lines) + "\n"
@@ -227,7 +224,7 @@ def draw(path: Path, outcomes: list[Outcome]) -> None:
         for o in outcomes:
             if (o.model, o.case) == (model, case) and o.new_tokens:
                 places = o.prompt_tokens + np.arange(o.new_tokens)
-                worst = np.maximum(o.differences.max(axis=1), 1e-7)  # a log axis has no place for equal logits
+                worst = np.maximum(o.worst_at, 1e-7)  # a log axis has no place for equal logits
                 panel.semilogy(places, worst, color=colors.get(o.project), lw=1, alpha=0.85)
                 if places[-1] > o.context:
                     panel.axvline(o.context, color="grey", lw=0.8, ls=":")

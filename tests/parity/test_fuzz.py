@@ -5,13 +5,12 @@ import pytest
 from examples import EXAMPLES
 from house import ROOT
 
-CASES = 50  # of each project
+CASES = 47  # of each project
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_bad_input_ends_in_one_line_or_works(project, pythons, capsys):
-    result = fuzz.fuzz(pythons(project), ROOT, project, "--cases=25", "--every=25", "--processes=5")
-    with capsys.disabled():
-        print(f"\n{project}: {fuzz.counted(result.passed + result.failed)}")
+def test_bad_input_ends_in_one_line_or_works(project, pythons, report):
+    result = fuzz.fuzz(pythons(project), ROOT, project, "--cases=25", "--every=25", "--processes=2")
+    report("counts", f"bad input for {project}: {fuzz.counted(result.passed + result.failed)}")
     assert not result.failed, result.told
-    assert result.passed.total() >= CASES and result.passed["cuts"] == 20 and result.passed["processes"] == 5
+    assert result.passed.total() >= CASES and result.passed["cuts"] == 20 and result.passed["processes"] == 2

@@ -69,7 +69,7 @@ def test_ctrl_c_ends_a_benchmark_and_what_it_started(project, place):
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_ctrl_c_at_random_moments(request, project, place, tokens):
+def test_ctrl_c_at_random_moments(request, project, place, tokens, report):
     """From the first import on, every other time with nothing compiled. A moment may come when all is done."""
     count = request.config.getoption("--interrupts")
     if not count:
@@ -96,8 +96,7 @@ def test_ctrl_c_at_random_moments(request, project, place, tokens):
         assert_it_is_gone(place)
     status, _, errors = place.run()
     assert (status, errors) == (0, "") and place.dump()["tokens"].tolist() == tokens
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{project}: {count} interrupts, {ends[2:].count(130)} of them before all was done")
+    report("counts", f"{project}: {count} interrupts, {ends[2:].count(130)} of them before all was done")
     assert ends.count(130) > count // 2
 
 

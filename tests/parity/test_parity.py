@@ -1,6 +1,7 @@
 """Each project's example, in its own environment, writes what transformers writes."""
 
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -53,11 +54,11 @@ def random_referee(tmp_path_factory):
     return Referee(folder)
 
 
-def check(project, model, case, referee, served, outcomes):
+def check(project, model, case, referee, served, report):
     settings = {"prompt": case.prompt, "new_tokens": case.new_tokens, "temperature": case.temperature}
     answer = served(project).ask(model=referee.folder, **settings)
     outcome = compare(project, model, case, answer, referee)
-    outcomes.append(outcome)
+    report("parity", asdict(outcome))
     assert not outcome.complaints, "\n".join(outcome.complaints)
     return outcome
 
@@ -74,18 +75,18 @@ def test_the_cases_reach_and_pass_the_edge(referee):
 
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_gpt2_nano_writes_as_in_transformers(project, case, referee, served, outcomes):
-    check(project, "gpt2-nano", case, referee, served, outcomes)
+def test_gpt2_nano_writes_as_in_transformers(project, case, referee, served, report):
+    check(project, "gpt2-nano", case, referee, served, report)
 
 
 @pytest.mark.parametrize("case", RANDOM, ids=by_name)
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_random_weights_write_as_in_transformers(project, case, random_referee, served, outcomes):
+def test_random_weights_write_as_in_transformers(project, case, random_referee, served, report):
     """A tie that goes the other way is no failure, and stands in the report."""
-    check(project, "random", case, random_referee, served, outcomes)
+    check(project, "random", case, random_referee, served, report)
 
 
 @pytest.mark.parametrize("project", [project for project, example in EXAMPLES.items() if example.numpy])
-def test_the_same_seed_draws_the_same_tokens(project, referee, served, outcomes):
+def test_the_same_seed_draws_the_same_tokens(project, referee, served, report):
     """On every stack those that shared/sampling.py draws from transformers' logits: JAX has a generator of its own."""
-    check(project, "gpt2-nano", SAMPLED, referee, served, outcomes)
+    check(project, "gpt2-nano", SAMPLED, referee, served, report)
