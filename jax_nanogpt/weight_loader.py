@@ -16,12 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import fail, script, start_script
 
 start_script(__name__)
+from dataclasses import replace
 from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.flax import load_file
+from safetensors.numpy import load_file
 from safetensors.numpy import save as serialize
 
 from jax_nanogpt.checkpoint import Checkpoints
@@ -29,21 +31,21 @@ from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_t
 from jax_nanogpt.model import GPTConfig
 from shared.tokenizer import END_OF_TEXT, byte_of_character, load_tokenizer
 
-FIXED = {  # what model.py has built in: a checkpoint that differs would give other logits, silently
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-    "add_cross_attention": False,
+FIXED = {  # what model.py has built in, and the values that mean the same: another would give other logits
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "add_cross_attention": (False,),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # in a file
 
 
 def path_of(name):
     """The place in params of a tensor of the checkpoint, as a tuple of keys."""
-    name = name.removeprefix("transformer.")
     if name in ("wte.weight", "wpe.weight"):
         return (name.removesuffix(".weight"),)
     *module, kind = re.sub(r"^h\.(\d+)", r"h_\1", name).split(".")
@@ -52,107 +54,115 @@ def path_of(name):
     return (*module, kind)
 
 
-def name_of(path):
-    name = re.sub(r"^h_", "h.", ".".join(path))
-    name = f"{name}.weight" if name in ("wte", "wpe") else re.sub(r"(kernel|scale)$", "weight", name)
-    return f"transformer.{name}"
-
-
-def flatten(tree, path=()):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
 def shapes_of(config):
-    """What a checkpoint of this shape holds: place in params -> shape."""
+    """What a GPT-2 of this config holds, in transformers' order: name -> shape."""
     C = config.n_embd
-    shapes = {("wte",): (config.vocab_size, C), ("wpe",): (config.block_size, C)}
-    norms = [("ln_f",)]
+    shapes = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
+    modules = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+    modules |= {"ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
     for i in range(config.n_layer):
-        norms += [(f"h_{i}", "ln_1"), (f"h_{i}", "ln_2")]
-        for module, rows, columns in (
-            (("attn", "c_attn"), C, 3 * C),
-            (("attn", "c_proj"), C, C),
-            (("mlp", "c_fc"), C, 4 * C),
-            (("mlp", "c_proj"), 4 * C, C),
-        ):
-            shapes[(f"h_{i}", *module, "kernel")] = (rows, columns)
-            shapes[(f"h_{i}", *module, "bias")] = (columns,)
-    return shapes | {(*norm, kind): (C,) for norm in norms for kind in ("scale", "bias")}
+        for module, shape in modules.items():
+            shapes |= {f"h.{i}.{module}.weight": shape, f"h.{i}.{module}.bias": shape[-1:]}
+    return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
 
 
-def load(folder, dtype="float32"):
-    """A checkpoint folder -> (GPTConfig, params), parameters and arithmetic in dtype; ValueError says what is wrong."""
-    folder = Path(folder)
-    try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} holds no readable config.json: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"{folder / 'config.json'} holds no JSON object")
-    for key, value in FIXED.items():
-        if given.get(key, value) != value:
-            raise ValueError(f"{folder / 'config.json'}: {key} is {given[key]!r}, GPT-2's {value!r} is supported")
-    n_embd = given.get("n_embd", 768)
+def read_config(folder):
+    path = Path(folder, "config.json")
+    given = read_json(path)
+    for key, values in FIXED.items():
+        if key in given and given[key] not in values:
+            raise ValueError(f"{path}: {key} must be {' or '.join(map(repr, values))}, got {given[key]!r}")
     config = GPTConfig(
         block_size=given.get("n_positions", given.get("n_ctx", 1024)),
         vocab_size=given.get("vocab_size", 50257),
         n_layer=given.get("n_layer", 12),
         n_head=given.get("n_head", 12),
-        n_embd=n_embd,
-        dtype=dtype,
+        n_embd=given.get("n_embd", 768),
     )
-
     for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         most = 1000 if key == "n_layer" else 2**24
         if type(value := getattr(config, key)) is not int or not 0 < value <= most:
-            raise ValueError(
-                f"{folder / 'config.json'}: {key} is {value!r}, a whole number from 1 to {most} is expected"
-            )
+            raise ValueError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
     if config.n_embd % config.n_head:
-        raise ValueError(
-            f"{folder / 'config.json'}: n_embd is {n_embd}, a multiple of n_head ({config.n_head}) is expected"
-        )
-    if given.get("n_inner") not in (None, 4 * n_embd):
-        raise ValueError(f"{folder / 'config.json'}: n_inner is {given['n_inner']}, 4 * n_embd is supported")
+        raise ValueError(f"{path}: n_embd must be a multiple of n_head ({config.n_head}), got {config.n_embd}")
+    if given.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"{path}: n_inner must be 4 * n_embd ({4 * config.n_embd}), got {given['n_inner']!r}")
+    return config
 
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no model.safetensors (weights are read from no other format)")
-    expected, params = shapes_of(config), {}
-    for file in files:
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def weight_files(folder):
+    """As transformers chooses: model.safetensors, or else the shards that its index lists, and no other file."""
+    whole, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise ValueError(f"{folder} must hold {whole.name} or {index.name}: weights are read from no other format")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+        raise ValueError(f"{index}: weight_map must map tensor names to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not Path(folder, name).is_file():
+            raise ValueError(f"{index}: {name!r} must be a file in the same folder")
+    return [Path(folder, name) for name in names]
+
+
+def read_tensors(folder, shapes):
+    """GPT-2's tensors by name, each checked; shapes has what a GPT-2 of this config holds."""
+    tensors = {}
+    for file in weight_files(folder):
         try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-        for name, tensor in tensors.items():
-            shape = expected.pop(path := path_of(name), None)
+            loaded = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
+        for full_name, tensor in loaded.items():
+            name = full_name.removeprefix("transformer.")
+            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+                continue  # GPT-2's own files carry causal masks
+            if name in tensors:
+                raise ValueError(f"{file}: {full_name} is given twice")
+            shape = shapes.get("wte.weight" if name == "lm_head.weight" else name)
             if shape is None:
-                continue  # GPT-2's files also carry causal masks and, at times, the tied head
+                raise ValueError(f"{file}: {full_name} is not a tensor of this GPT-2")
             if tensor.shape != shape:
-                raise ValueError(f"{file}: {name} has the shape {tensor.shape}, {shape} is expected")
-            if not np.isfinite(np.asarray(tensor, np.float32)).all():
-                raise ValueError(f"{file}: {name} holds NaN or infinity")
-            *parents, leaf = path
-            branch = params
-            for key in parents:
-                branch = branch.setdefault(key, {})
-            branch[leaf] = tensor.astype(DTYPES[dtype])
-    if expected:
-        missing = ", ".join(name_of(path) for path in list(expected)[:3])
-        raise ValueError(f"{folder}: {len(expected)} tensors are missing: {missing}...")
-    return config, params
+                raise ValueError(f"{file}: {full_name} must have shape {shape}, got {tensor.shape}")
+            if tensor.dtype.name not in FLOATS:
+                raise ValueError(f"{file}: {full_name} must be floating-point, got {tensor.dtype.name}")
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"{file}: {full_name} holds NaN or infinity")
+            tensors[name] = tensor
+    if missing := [name for name in shapes if name not in tensors]:
+        more = ", ..." if len(missing) > 3 else ""
+        raise ValueError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:3])}{more}")
+    head = tensors.pop("lm_head.weight", tensors["wte.weight"])
+    if not np.array_equal(head, tensors["wte.weight"]):
+        raise ValueError(f"{folder}: lm_head.weight must equal wte.weight, as tie_word_embeddings says")
+    return tensors
+
+
+def load(folder, dtype="float32"):
+    """A checkpoint folder -> (GPTConfig, params), parameters and arithmetic in dtype; ValueError says what is wrong."""
+    config = read_config(folder)
+    tensors = read_tensors(folder, shapes_of(config))
+    params = {path_of(name): jnp.asarray(tensors.pop(name), DTYPES[dtype]) for name in list(tensors)}
+    return replace(config, dtype=dtype), unflatten_dict(params)
 
 
 def crop(config, params, block_size):
     """The same model with a shorter context: position embeddings are learned, and the first ones suffice."""
     if block_size > config.block_size:
-        raise ValueError(f"block_size is {block_size}, this checkpoint has {config.block_size} positions")
-    shorter = GPTConfig(**{**vars(config), "block_size": block_size})
-    return shorter, {**params, "wpe": params["wpe"][:block_size]}
+        raise ValueError(f"block_size must be at most this checkpoint's {config.block_size}, got {block_size}")
+    return replace(config, block_size=block_size), {**params, "wpe": params["wpe"][:block_size]}
 
 
 def save(folder, config, params, tokenizer_folder=None, eot=None, dtype="float32"):
@@ -162,10 +172,11 @@ def save(folder, config, params, tokenizer_folder=None, eot=None, dtype="float32
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name_of(path): np.asarray(value.astype(DTYPES[dtype])) for path, value in flatten(params)}
-    for path, shape in shapes_of(config).items():  # a model without biases is one whose biases are zero
-        tensors.setdefault(name_of(path), np.zeros(shape, DTYPES[dtype]))
-    about = FIXED | {
+    held, tensors = flatten_dict(params), {}
+    for name, shape in shapes_of(config).items():
+        tensor = held.get(path_of(name), np.zeros(shape))  # a model without biases is one whose biases are zero
+        tensors[f"transformer.{name}"] = np.asarray(tensor).astype(DTYPES[dtype])
+    about = {key: values[0] for key, values in FIXED.items()} | {
         "architectures": ["GPT2LMHeadModel"],
         "n_positions": config.block_size,
         "vocab_size": config.vocab_size,

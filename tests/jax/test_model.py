@@ -1,181 +1,185 @@
-"""The model and its loader against transformers' GPT-2."""
+"""The model against transformers' GPT-2: logits, fresh parameters, dropout; and the KV cache."""
 
-import json
-import re
+from dataclasses import replace
+from itertools import combinations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import transformers
-from safetensors.numpy import load_file, save_file
 
 from jax_nanogpt import weight_loader
-from jax_nanogpt.model import GPT, GPTConfig, init_cache, init_params
-from shared.tokenizer import gpt2_bpe, load_tokenizer
+from jax_nanogpt.dropout import Dropout
+from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_cache, init_params
+from jax_nanogpt.train import losses
 
-SHAPES = {  # name -> layers, heads, width; -large and -xl with fewer layers, for memory's sake
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (4, 20, 1280),
-    "gpt2-xl": (3, 25, 1600),
+SHAPES = {  # name -> layers, heads, width; fewer layers than the real ones, for time's sake
+    "gpt2": (4, 12, 768),
+    "gpt2-medium": (4, 16, 1024),
+    "gpt2-large": (2, 20, 1280),
+    "gpt2-xl": (1, 25, 1600),
 }
 TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 
 
-def random_checkpoint(folder, layers, heads, width, vocab=1000, positions=64):
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=vocab, n_positions=positions, n_layer=layers, n_head=heads, n_embd=width
-    )
-    reference = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():  # as fresh, biases are 0 and norms 1: a loader that loses them would pass
-        for parameter in reference.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    reference.save_pretrained(folder)
-    return reference
-
-
-def logits_of(reference, tokens):
-    torch = pytest.importorskip("torch")
-    with torch.no_grad():
-        return reference(torch.tensor(tokens)).logits.numpy()
-
-
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    random_checkpoint(folder, 2, 2, 32, vocab=50, positions=16)
-    return folder
+def params():
+    return init_params(TINY, jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_are_those_of_transformers(name, tmp_path):
-    reference = random_checkpoint(tmp_path, *SHAPES[name])
+    model = reference.random_checkpoint(tmp_path, *SHAPES[name], vocab=1000, positions=64)
     config, params = weight_loader.load(tmp_path)
     tokens = np.random.default_rng(0).integers(1000, size=(2, 64))
-    logits, _ = jax.jit(GPT(config).apply)({"params": params}, tokens)
-    np.testing.assert_allclose(logits, logits_of(reference, tokens), atol=1e-4, rtol=0)
+    expected = reference.logits_of(model, tokens)
+    np.testing.assert_allclose(reference.forward(config, params, tokens), expected, atol=1e-4, rtol=0)
+    assert count_params(params) == model.num_parameters()
 
 
-def test_cropped_model_equals_the_reference_on_short_texts(tmp_path):
-    reference = random_checkpoint(tmp_path, 2, 4, 128)
-    config, params = weight_loader.crop(*weight_loader.load(tmp_path), 20)
-    tokens = np.random.default_rng(0).integers(1000, size=(2, 20))
-    logits, _ = GPT(config).apply({"params": params}, tokens)
-    np.testing.assert_allclose(logits, logits_of(reference, tokens), atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="block_size is 65, this checkpoint has 64"):
-        weight_loader.crop(*weight_loader.load(tmp_path), 65)
-
-
-def test_bfloat16_is_near_float32(tmp_path):
-    random_checkpoint(tmp_path, 2, 4, 128)
-    config, params = weight_loader.load(tmp_path)
-    half_config, half = weight_loader.load(tmp_path, "bfloat16")
-    tokens = np.random.default_rng(0).integers(1000, size=(2, 64))
-    logits, _ = GPT(config).apply({"params": params}, tokens)
-    rough, _ = GPT(half_config).apply({"params": half}, tokens)
-    assert half_config.dtype == "bfloat16" and rough.dtype == jnp.float32
-    assert 0 < np.abs(rough - logits).max() < 0.05
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_what_is_written_loads_in_transformers(bias, tmp_path):
+def test_layer_norm_of_small_activations_has_gpt2s_epsilon(tmp_path):
+    """Variances of 1e-5, as large as the epsilon that is added to them."""
     torch = pytest.importorskip("torch")
-    config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=bias)
-    params = init_params(config, jax.random.key(0))
-    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
-    weight_loader.save(tmp_path, config, params)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = reference.random_checkpoint(tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("transformer.ln_f"):
+                parameter.mul_(0.1)
+    model.save_pretrained(tmp_path)
+    config, params = weight_loader.load(tmp_path)
     tokens = np.arange(16)[None]
-    logits, _ = GPT(config).apply({"params": params}, tokens)
-    np.testing.assert_allclose(logits, logits_of(reference, tokens), atol=1e-4, rtol=0)
+    expected = reference.logits_of(model, tokens)
+    ours = reference.forward(config, params, tokens)
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
-def test_a_model_on_gpt2s_tokens_is_written_with_gpt2s_vocabulary(tmp_path):
-    (tmp_path / "config.json").write_text(
-        '{"vocab_size": 50257}', encoding="utf-8"
-    )  # how a dataset in GPT-2's tokens is known
-    config = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8)
-    weight_loader.save(tmp_path / "out", config, init_params(config, jax.random.key(0)), tmp_path, 50256)
-    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in ("hello world", "Grüße, 世界! 🙂\n\n  def f(x):\treturn 1"):
-        ids = gpt2_bpe().encode(text)
-        assert load_tokenizer(tmp_path / "out").encode(text) == reference(text)["input_ids"] == ids
-    assert reference.eos_token_id == 50256
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_is_near_float32(dtype, tmp_path):
+    reference.random_checkpoint(tmp_path, 2, 4, 128, positions=64)
+    config, params = weight_loader.load(tmp_path)
+    half_config, half = weight_loader.load(tmp_path, dtype)
+    assert half_config == replace(config, dtype=dtype)
+    assert {p.dtype.name for p in jax.tree.leaves(half)} == {dtype}
+    tokens = np.random.default_rng(0).integers(50, size=(2, 64))
+    exact, rough = reference.forward(config, params, tokens), reference.forward(half_config, half, tokens)
+    assert rough.dtype == jnp.float32
+    assert 0 < np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
 
 
-def test_saved_and_loaded_again_is_the_same_to_the_bit(tiny_folder, tmp_path):
-    config, params = weight_loader.load(tiny_folder)
-    weight_loader.save(tmp_path, config, params)
-    again_config, again = weight_loader.load(tmp_path)
-    assert again_config == config
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
-    assert not list(tmp_path.glob("*.part"))
+def test_fresh_parameters_are_spread_as_those_of_transformers():
+    """With the projections that end a branch 1 / sqrt(2 * n_layer) as far (GPT-2, section 2.3)."""
+    pytest.importorskip("torch")
+    sizes = {"vocab_size": 500, "n_positions": 100, "n_layer": 6, "n_head": 2, "n_embd": 64}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    config = GPTConfig(block_size=100, **{key: sizes[key] for key in sizes if key != "n_positions"})
+    params = init_params(config, jax.random.key(0))
+    for name in weight_loader.shapes_of(config):
+        ours = params
+        for key in weight_loader.path_of(name):
+            ours = ours[key]
+        theirs = model.state_dict()[f"transformer.{name}"].numpy()
+        assert ours.mean() == pytest.approx(theirs.mean(), abs=2e-3), name
+        assert ours.std() == pytest.approx(theirs.std(), rel=0.1, abs=1e-9), name
 
 
-def test_a_checkpoint_in_shards_loads(tiny_folder, tmp_path):
-    tensors = list(load_file(tiny_folder / "model.safetensors").items())
-    save_file(dict(tensors[:9]), tmp_path / "model-00001-of-00002.safetensors")
-    save_file(dict(tensors[9:]), tmp_path / "model-00002-of-00002.safetensors")
-    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
-    assert jax.tree.all(jax.tree.map(np.array_equal, weight_loader.load(tmp_path), weight_loader.load(tiny_folder)))
+def test_the_arithmetic_of_a_training_step_is_what_xla_counts():
+    config = replace(TINY, block_size=64, vocab_size=512, n_embd=128, fast=False)
+    params, examples = init_params(config, jax.random.key(0)), np.zeros((3, 65), np.int32)
+    step = jax.jit(jax.grad(lambda p: losses(GPT(config), p, examples).mean()))
+    counted = step.lower(params).cost_analysis()["flops"] / (3 * 64)
+    assert flops_per_token(config, params) == pytest.approx(counted, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"n_inner": 7}, "n_inner is 7"),
-        ({"n_head": 0}, "n_head is 0, a whole number from 1 to 16777216 is expected"),
-        ({"n_head": 3}, "n_embd is 32, a multiple of n_head (3) is expected"),
-        ({"n_layer": "4"}, "n_layer is '4', a whole number from 1 to 1000 is expected"),
-        ({"n_embd": None}, "n_embd is None, a whole number from 1 to 16777216 is expected"),
-        ({"n_layer": 10**9}, "n_layer is 1000000000, a whole number from 1 to 1000"),
-        ({"n_layer": 3}, "12 tensors are missing: transformer.h.2.attn.c_attn.weight"),
-        ({"vocab_size": 51}, "transformer.wte.weight has the shape (50, 32), (51, 32) is expected"),
-    ],
-)
-def test_a_checkpoint_that_is_another_model_is_refused(change, complaint, tiny_folder, tmp_path):
-    config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8")) | change
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (tmp_path / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=re.escape(complaint)):
-        weight_loader.load(tmp_path)
+# --- dropout
 
 
-def test_damaged_weights_are_refused_in_one_line(tiny_folder, tmp_path):
-    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(ValueError, match="holds no model.safetensors"):
-        weight_loader.load(tmp_path)
-    whole = (tiny_folder / "model.safetensors").read_bytes()
-    for damaged in (b"", whole[:100], whole[:-100]):
-        (tmp_path / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="is not a readable safetensors file") as caught:
-            weight_loader.load(tmp_path)
-        assert "\n" not in str(caught.value)
+def dropped(config, params, tokens, **options):
+    """(shape, where it is 0) of what each Dropout of the model gave."""
+    found = []
+
+    def record(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        if isinstance(context.module, Dropout):
+            found.append((y.shape, np.asarray(y == 0)))
+        return y
+
+    with nn.intercept_methods(record):
+        GPT(config).apply({"params": params}, tokens, **options)
+    return found
 
 
-def test_no_position_sees_a_later_one():
-    params = init_params(TINY, jax.random.key(0))
+def test_training_drops_where_transformers_does_and_each_mask_is_another(params, monkeypatch):
+    torch = pytest.importorskip("torch")
+    shapes, plain = [], torch.nn.functional.dropout
+
+    def dropout(x, *args, **kwargs):
+        shapes.append(tuple(x.shape))
+        return plain(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    sizes = {"vocab_size": 50, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    theirs = transformers.GPT2Config(**sizes, attn_implementation="eager")
+    transformers.GPT2LMHeadModel(theirs).train()(torch.zeros((4, 16), dtype=torch.int64))
+
+    config, tokens = replace(TINY, dropout=0.5), np.random.default_rng(0).integers(50, size=(4, 16))
+    masks = []
+    for seed in 0, 1:
+        found = dropped(config, params, tokens, train=True, rngs={"dropout": jax.random.key(seed)})
+        assert [shape for shape, _ in found] == shapes
+        masks += [mask for shape, mask in found if shape == (4, 16, 32)]
+    assert len(masks) == 2 * 5
+    for mask in masks:
+        assert mask.mean() == pytest.approx(0.5, abs=0.05)
+    for one, other in combinations(masks, 2):  # of two layers, or of two keys
+        assert (one == other).mean() == pytest.approx(0.5, abs=0.08)
+    assert not any(mask.any() for shape, mask in dropped(config, params, tokens) if shape == (4, 16, 32))
+
+
+def test_attention_drops_weights_and_keeps_their_mean(params):
+    """Values that are all 1, attended to alike: y is the part of the weights that is kept, over 1 - dropout."""
+    config = replace(TINY, block_size=64, n_layer=1, dropout=0.25)
+    params = jax.tree.map(jnp.zeros_like, params) | {"wpe": np.zeros((64, 32), np.float32)}
+    attn = params["h_0"]["attn"]
+    attn["c_attn"]["bias"] = attn["c_attn"]["bias"].at[64:].set(1)
+    attn["c_proj"]["kernel"] = jnp.eye(32)
+    found = []
+
+    def record(call, args, kwargs, context):
+        if context.module.name == "c_proj" and context.module.path[-2] == "attn":
+            found.append(np.asarray(args[0]))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        rngs = {"dropout": jax.random.key(0)}
+        GPT(config).apply({"params": params}, np.zeros((50, 64), np.int32), train=True, rngs=rngs)
+    kept = found[0][:, -1, ::16] * 0.75 * 64  # of the last position's 64 weights, in each text and head
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-3)
+    assert kept.mean() == pytest.approx(0.75 * 64, abs=1)
+    assert kept.std() == pytest.approx((64 * 0.75 * 0.25) ** 0.5, rel=0.25)  # binomial: every weight for itself
+
+
+# --- which positions are attended to, at once and through the cache
+
+
+def test_no_position_sees_a_later_one(params):
     tokens = jnp.arange(16)[None]
 
     def loss_at(wpe, position):
         logits, _ = GPT(TINY).apply({"params": {**params, "wpe": wpe}}, tokens)
         return jnp.square(logits[0, position]).sum()
 
+    gradient = jax.jit(jax.grad(loss_at))
     for position in (0, 7, 15):
-        reach = np.abs(jax.grad(loss_at)(params["wpe"], position)).sum(axis=1)
+        reach = np.abs(gradient(params["wpe"], position)).sum(axis=1)
         assert (reach[: position + 1] > 0).all() and (reach[position + 1 :] == 0).all()
 
 
-def test_one_token_at_a_time_with_a_cache_equals_all_at_once():
-    params = init_params(TINY, jax.random.key(0))
+def test_one_token_at_a_time_with_a_cache_equals_all_at_once(params):
     tokens = jax.random.randint(jax.random.key(1), (3, 16), 0, 50)
-    whole, _ = GPT(TINY).apply({"params": params}, tokens)
+    whole = reference.forward(TINY, params, tokens)
     step = jax.jit(GPT(TINY).apply)
     cache = init_cache(TINY, batch=3, slots=16)
     first, cache = step({"params": params}, tokens[:, :5], cache, 0)
@@ -186,9 +190,8 @@ def test_one_token_at_a_time_with_a_cache_equals_all_at_once():
     np.testing.assert_allclose(jnp.concatenate(rows, axis=1), whole, atol=1e-5)
 
 
-def test_only_gives_the_one_row_of_logits():
-    params = init_params(TINY, jax.random.key(0))
+def test_only_gives_the_one_row_of_logits(params):
     tokens = jnp.arange(10)[None]
-    whole, _ = GPT(TINY).apply({"params": params}, tokens)
-    one, _ = GPT(TINY).apply({"params": params}, tokens, only=6)
+    whole = reference.forward(TINY, params, tokens)
+    one, _ = jax.jit(GPT(TINY).apply)({"params": params}, tokens, only=6)
     np.testing.assert_allclose(one, whole[:, 6:7], atol=1e-6)

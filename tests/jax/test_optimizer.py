@@ -1,4 +1,4 @@
-"""The optimizer's claims: the rate's course, decay on matrices only, Muon's orthogonal steps; and dropout's."""
+"""The optimizers against torch's: AdamW, Muon, clipping; the learning-rate schedule; and dropout's masks."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_nanogpt.dropout import drop
 from jax_nanogpt.optimizer import course, make_optimizer, orthogonalize
@@ -20,40 +21,75 @@ PARAMS = {
 
 
 @pytest.mark.parametrize(("schedule", "half_way"), [("cosine", 5.5e-3), ("linear", 5.5e-3), ("constant", 1e-2)])
-def test_the_rate_warms_up_and_falls_to_its_floor(schedule, half_way):
+def test_the_learning_rate_warms_up_and_falls_to_its_floor(schedule, half_way):
     rate = lambda step: 1e-2 * course(replace(CONFIG, schedule=schedule))(step)  # noqa: E731
     assert rate(0) == pytest.approx(1e-2 / 11) and rate(10) == pytest.approx(1e-2)
     assert rate(60) == pytest.approx(half_way)
     assert rate(110) == rate(1000) == pytest.approx(1e-2 if schedule == "constant" else 1e-3)
 
 
+def test_each_update_is_as_large_as_the_schedule_says():
+    """Of a gradient that stays the same, AdamW makes steps of the learning rate, and Muon of its own."""
+    rule = make_optimizer(replace(CONFIG, optimizer="muon", muon_lr=0.3, weight_decay=0.0))
+    gradients = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(0), p.shape), PARAMS)
+    update, state, sizes = jax.jit(rule.update), rule.init(PARAMS), []
+    for _ in range(130):
+        updates, state = update(gradients, state, PARAMS)
+        sizes.append((jnp.abs(updates["wte"]).max(), jnp.linalg.norm(updates["h_0"]["c_attn"]["kernel"])))
+    adamw, muon = np.array(sizes).T
+    fractions = np.array([course(CONFIG)(step) for step in range(130)])
+    np.testing.assert_allclose(adamw, 1e-2 * fractions, rtol=1e-3)
+    direction = orthogonalize(gradients["h_0"]["c_attn"]["kernel"])
+    np.testing.assert_allclose(muon, 0.3 * fractions * jnp.linalg.norm(direction), rtol=1e-3)
+
+
+def split_qkv(name, array):
+    """torch's view of a kernel: [out, in], and one for each of q, k and v."""
+    parts = np.split(array, 3, axis=1) if name == "c_attn.kernel" else [array]
+    return [part.T for part in parts] if name.endswith("kernel") else parts
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_decay_is_on_matrices_only(optimizer):
-    rule = make_optimizer(replace(CONFIG, optimizer=optimizer, weight_decay=0.5, muon_weight_decay=0.5))
-    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, PARAMS), rule.init(PARAMS), PARAMS)
-    shrunk = jax.tree.map(lambda u: bool((u < 0).all()), updates)
-    assert shrunk == {"wte": True, "h_0": {"c_attn": {"kernel": True, "bias": False}, "ln_1": {"scale": False}}}
+def test_five_steps_are_those_of_torch(optimizer, clip, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # in which torch's Muon multiplies
+    config = Config(
+        optimizer=optimizer,
+        **{"schedule": "constant", "warmup_iters": 0, "grad_clip": clip, "learning_rate": 1e-2, "min_lr": 1e-2},
+        **{"beta1": 0.8, "beta2": 0.6, "weight_decay": 0.3},
+        **{"muon_lr": 0.05, "muon_momentum": 0.7, "muon_weight_decay": 0.2},
+    )
+    draw = np.random.default_rng(0)
+    shapes = {"wte": (5, 8), "ln.scale": (8,), "c_attn.kernel": (8, 24), "c_attn.bias": (24,), "c_proj.kernel": (8, 8)}
+    shapes |= {"mlp.c_fc.kernel": (8, 32), "mlp.c_proj.kernel": (32, 8)}
+    arrays = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    steps = [{name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(5)]
 
-
-def test_clipping_bounds_the_gradient_that_adamw_sees():
-    huge = jax.tree.map(lambda p: 1e6 * p, PARAMS)
-    rule = make_optimizer(replace(CONFIG, grad_clip=1.0))
-    _, opt_state = rule.update(huge, rule.init(PARAMS), PARAMS)
-    mu = optax.tree_utils.tree_get(opt_state, "mu")
-    assert optax.tree.norm(mu) == pytest.approx(0.1, rel=1e-3)  # (1 - beta1) * 1.0
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
-def test_orthogonalized_singular_values_are_near_one(shape):
-    update = orthogonalize(jax.random.normal(jax.random.key(0), shape))
-    values = jnp.linalg.svd(update, compute_uv=False) / max(1, shape[1] / shape[0]) ** 0.5
-    assert values.min() > 0.3 and values.max() < 1.3 and 0.8 < values.mean() < 1.1
-
-
-def test_q_k_and_v_are_orthogonalized_apart():
-    parts = jax.random.normal(jax.random.key(0), (3, 32, 32)) * jnp.array([1, 100, 0.01])[:, None, None]
-    together = orthogonalize(jnp.concatenate(list(parts), axis=1))
-    np.testing.assert_allclose(together, jnp.concatenate([orthogonalize(p) for p in parts], axis=1), atol=1e-6)
+    theirs = {name: [torch.tensor(part).requires_grad_() for part in split_qkv(name, arrays[name])] for name in arrays}
+    by_muon = [name for name in shapes if name.endswith("kernel") and optimizer == "muon"]
+    decayed = [p for name, parts in theirs.items() for p in parts if p.ndim == 2 and name not in by_muon]
+    others = [p for parts in theirs.values() for p in parts if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    rules = [torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.6))]
+    if by_muon:
+        matrices = [p for name in by_muon for p in theirs[name]]
+        rules.append(torch.optim.Muon(matrices, lr=0.05, momentum=0.7, weight_decay=0.2))
+    ours, rule = unflatten_dict(arrays, sep="."), make_optimizer(config)
+    state, update = rule.init(ours), jax.jit(rule.update)
+    for gradients in steps:
+        for name, parts in theirs.items():
+            for parameter, part in zip(parts, split_qkv(name, gradients[name]), strict=True):
+                parameter.grad = torch.tensor(part)
+        if clip:
+            torch.nn.utils.clip_grad_norm_([p for parts in theirs.values() for p in parts], clip)
+        for each in rules:
+            each.step()
+        updates, state = update(unflatten_dict(gradients, sep="."), state, ours)
+        ours = optax.apply_updates(ours, updates)
+    for name, array in flatten_dict(ours, sep=".").items():
+        for part, parameter in zip(split_qkv(name, np.asarray(array)), theirs[name], strict=True):
+            np.testing.assert_allclose(part, parameter.detach(), atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])

@@ -1,38 +1,42 @@
 """The jitted sampler against the loop that it replaces: crop, run the whole model, take the last row."""
 
+from dataclasses import replace
+from itertools import combinations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import forward
 
-from jax_nanogpt.model import GPT, GPTConfig, init_params
+from jax_nanogpt.model import GPTConfig, init_params
 from jax_nanogpt.sampler import CHUNK, Sampling, choose, generate
 from shared.sampling import Sampler
 
-CONFIG = GPTConfig(block_size=40, vocab_size=60, n_layer=2, n_head=2, n_embd=32)
+CONFIG = GPTConfig(block_size=40, vocab_size=60, n_layer=1, n_head=2, n_embd=32)
 PARAMS = init_params(CONFIG, jax.random.key(0))
 for name in PARAMS.keys() - {"wte", "wpe", "ln_f"}:  # as fresh, the tied head says the last token again and again
     PARAMS[name] = jax.tree.map(lambda p: 20 * p if p.ndim > 1 else p, PARAMS[name])
 GREEDY = Sampling(temperature=0)
-FORWARD = jax.jit(GPT(CONFIG).apply)
+DRAWS = 4000
 
 
-def naive(prompt, new_tokens):
+def naive(prompt, new_tokens, config=CONFIG, params=PARAMS):
     """nanoGPT's generate, greedy and without a cache, padded on the right so that it compiles once."""
     text, rows = list(prompt), []
     for _ in range(new_tokens):
-        window = text[-CONFIG.block_size :]
-        padded = np.zeros((1, CONFIG.block_size), np.int32)
+        window = text[-config.block_size :]
+        padded = np.zeros((1, config.block_size), np.int32)
         padded[0, : len(window)] = window
-        rows.append(FORWARD({"params": PARAMS}, padded)[0][0, len(window) - 1])
+        rows.append(forward(config, params, padded)[0, len(window) - 1])
         text.append(int(rows[-1].argmax()))
     return text[len(prompt) :], np.array(rows)
 
 
-def run(prompt, new_tokens, samples=1, sampling=GREEDY, seed=0):
-    pieces = list(generate(CONFIG, PARAMS, prompt, new_tokens, samples, sampling, seed))
+def run(prompt, new_tokens, samples=1, sampling=GREEDY, seed=0, config=CONFIG, params=PARAMS):
+    pieces = list(generate(config, params, prompt, new_tokens, samples, sampling, seed))
     tokens, logits = (np.concatenate(part, axis=1) for part in zip(*pieces, strict=True))
     return tokens, logits
 
@@ -47,6 +51,17 @@ def test_greedy_equals_the_naive_loop_before_and_past_the_edge(prompt_length):
     np.testing.assert_allclose(rows[0], expected_rows, atol=1e-3)
 
 
+@pytest.mark.parametrize(("prompt_length", "new_tokens"), [(1, 63), (1, 64), (60, 5), (60, 80), (127, 5)])
+def test_the_cache_is_long_enough_in_a_context_of_more_than_its_64_slots(prompt_length, new_tokens):
+    config = replace(CONFIG, block_size=200)
+    params = PARAMS | {"wpe": jax.random.normal(jax.random.key(1), (200, 32))}
+    prompt = np.random.default_rng(0).integers(60, size=prompt_length).tolist()
+    expected, expected_rows = naive(prompt, new_tokens, config, params)
+    tokens, rows = run(prompt, new_tokens, config=config, params=params)
+    assert tokens[0].tolist() == expected
+    np.testing.assert_allclose(rows[0], expected_rows, atol=1e-3)
+
+
 @pytest.mark.parametrize("new_tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1, 40])
 def test_as_many_tokens_come_as_were_asked_for(new_tokens):
     tokens, rows = run([3], new_tokens)
@@ -55,15 +70,26 @@ def test_as_many_tokens_come_as_were_asked_for(new_tokens):
 
 
 def test_a_sample_is_the_same_alone_and_in_a_batch():
-    sampling = Sampling(1.0, 20, 0.9)
-    few, _ = run([1, 2, 3], 60, samples=2, sampling=sampling, seed=5)
-    many, _ = run([1, 2, 3], 60, samples=4, sampling=sampling, seed=5)
+    """Five tokens by the cache, three past the edge."""
+    prompt, sampling = list(range(35)), Sampling(1.0, 20, 0.9)
+    few, _ = run(prompt, 8, samples=2, sampling=sampling, seed=5)
+    many, _ = run(prompt, 8, samples=4, sampling=sampling, seed=5)
     assert few.tolist() == many[:2].tolist()
     assert len({tuple(sample) for sample in many.tolist()}) == 4
-    assert few.tolist() != run([1, 2, 3], 60, samples=2, sampling=sampling, seed=6)[0].tolist()
 
 
-def frequencies(logits, sampling, draws=20000):
+def probabilities(logits, sampling):
+    """What the sampler draws from, in NumPy: temperature, top-k, top-p, ties to the lower id."""
+    logits, temperature, top_k, top_p = np.array(logits), *sampling
+    order = np.argsort(-logits, kind="stable")[:top_k]
+    weights = np.exp((logits - logits.max())[order] / temperature)
+    weights = weights[: np.searchsorted(weights.cumsum() / weights.sum(), top_p or 1.0) + 1]
+    exact = np.zeros(len(logits))
+    exact[order[: len(weights)]] = weights / weights.sum()
+    return exact
+
+
+def frequencies(logits, sampling, draws=DRAWS):
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1))
     tokens = choose(rows, sampling, jax.random.split(jax.random.key(0), draws))
     return np.bincount(tokens, minlength=len(logits)) / draws
@@ -78,16 +104,40 @@ def frequencies(logits, sampling, draws=20000):
 )
 def test_choice_has_the_distribution_of_the_shared_sampler(logits, temperature, top_k, top_p):
     """Small whole numbers: many ties, which must fall to the lower id on both sides."""
-    order = np.argsort(-np.array(logits), kind="stable")[:top_k]
-    weights = np.exp((np.array(logits) - max(logits))[order] / temperature)
-    weights = weights[: np.searchsorted(weights.cumsum() / weights.sum(), top_p or 1.0) + 1]
-    exact = np.zeros(6)
-    exact[order[: len(weights)]] = weights / weights.sum()
-    rows = np.tile(np.float32(logits), (20000, 1))
-    shared = np.bincount(Sampler(temperature, top_k, top_p, seed=0)(rows), minlength=6) / 20000
+    exact = probabilities(logits, Sampling(temperature, top_k, top_p))
+    rows = np.tile(np.float32(logits), (DRAWS, 1))
+    shared = np.bincount(Sampler(temperature, top_k, top_p, seed=0)(rows), minlength=6) / DRAWS
     for found in (frequencies(logits, Sampling(temperature, top_k, top_p)), shared):
         assert not found[exact == 0].any()
-        np.testing.assert_allclose(found, exact, atol=0.02)
+        np.testing.assert_allclose(found, exact, atol=0.05)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, None), Sampling(2.0, 3), Sampling(1.5, None, 0.7)])
+def test_each_position_of_each_sample_is_a_draw_of_its_own(sampling):
+    """A model whose logits are the same everywhere; 7 tokens are made by the cache, and 9 past the edge."""
+    logits = [0.0, -1.0, 0.5, -2.0, 1.0, -0.5]
+    config = replace(CONFIG, block_size=8, vocab_size=len(logits))
+    params = jax.tree.map(jnp.zeros_like, init_params(config, jax.random.key(0)))
+    params["ln_f"]["bias"] = params["ln_f"]["bias"].at[0].set(1)
+    params["wte"] = params["wte"].at[:, 0].set(jnp.array(logits))
+    tokens, rows = run([0], 16, 3000, sampling, config=config, params=params)
+    np.testing.assert_allclose(rows, np.broadcast_to(logits, rows.shape), atol=1e-6)
+    exact = probabilities(logits, sampling)
+    for position in range(16):
+        found = np.bincount(tokens[:, position], minlength=6) / 3000
+        np.testing.assert_allclose(found, exact, atol=0.04)
+    alike = pytest.approx((exact**2).sum(), abs=0.05)  # how often two independent draws agree
+    for one, other in combinations(range(16), 2):
+        assert (tokens[:, one] == tokens[:, other]).mean() == alike
+    assert (tokens[1:] == tokens[:-1]).mean() == alike
+    assert (tokens == run([0], 16, 3000, sampling, 1, config, params)[0]).mean() == alike
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.2500001, 2), (0.5, 2), (0.75, 3), (0.7500001, 4), (1.0, 4)])
+def test_top_p_that_a_sum_equals_keeps_no_token_more(top_p, kept):
+    """Four equal logits: each probability is exactly a quarter."""
+    found = frequencies([0, 0, 0, 0], Sampling(1.0, None, top_p))
+    assert (found > 0).tolist() == [True] * kept + [False] * (4 - kept)
 
 
 def test_greedy_and_ties_take_the_lower_id():
