@@ -1,8 +1,10 @@
 """train.py's runs, for the tests: how to start one, and what it left behind."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +18,23 @@ SCRIPT = Path(train.__file__)
 TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_iters=3")
 TINY += ("--gradient_accumulation_steps=2", "--dropout=0.2", "--dtype=float32", "--device=cpu")
 TINY += ("--learning_rate=1e-2", "--min_lr=1e-3", "--warmup_iters=5", "--lr_decay_iters=40", "--eval_interval=1000")
+
+MESH_RUN = ("--n_layer=1", "--n_head=4", "--batch_size=8", "--optimizer=muon", "--learning_rate=1e-3", "--min_lr=1e-4")
+MESH_RUN += ("--iters_per_call=1",)
+
+
+def environment(*xla_flags):
+    """For a process with more of XLA's flags: those that are set already stay, as --xla_cpu_max_isa in CI."""
+    flags = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *xla_flags])
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(SCRIPT.parents[1])}
+
+
+def wait_until(process, happened):
+    end = time.monotonic() + 300  # a guard against a hang, and no limit that a slow machine comes near
+    while not happened():
+        assert process.poll() is None, "the run ended too soon"
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def start(dataset, out_dir, *flags, **options):

@@ -1,48 +1,90 @@
 """Several processes on loopback: what one gives, each reads its part, one writes, and they stop and fail together."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import SCRIPT, TINY, losses_of, same, state
+from runs import MESH_RUN, SCRIPT, TINY, environment, losses_of, same, start, state, wait_until
 
-from jax_nanogpt.checkpoint import Checkpoints
-from jax_nanogpt.launch.loopback import free_port
+from jax_nanogpt.train import Config, draw_starts
 
 pytestmark = pytest.mark.processes
 LAUNCH = SCRIPT.parent / "launch" / "loopback.py"
-SHORT = ("--n_layer=1", "--n_head=4", "--batch_size=8", "--learning_rate=1e-3", "--min_lr=1e-4", "--iters_per_call=1")
+OFTEN = ("--eval_interval=4", "--max_iters=100000")
+END_S = 300  # a guard against a hang: what is waited for here takes half a minute at most, on a quiet machine
+
+# train.py that writes down which examples it reads for its first iteration, and where process 1 gets a SIGTERM
+WATCHED = """
+import json, os, signal, sys
+from jax_nanogpt import train
+
+cut, draw_starts, number, first_call = train.cut, train.draw_starts, sys.argv[-1][-1], []
+
+def draw(tokens, config, first, count):
+    first_call.append(first)
+    if (number, first) == ("1", 5):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return draw_starts(tokens, config, first, count)
+
+def watched_cut(data, starts, block_size):
+    if first_call == [0] and starts.ndim == 3:
+        with open(os.path.join(os.environ["WATCHED"], number), "a") as file:
+            file.write("".join(f"{start}\\n" for start in starts.ravel()))
+    return cut(data, starts, block_size)
+
+train.cut, train.draw_starts = watched_cut, draw
+sys.exit(train.main())
+"""
+LAUNCH_WATCHED = """
+import sys
+from jax_nanogpt.launch import loopback
+
+loopback.TRAIN = sys.argv.pop(1)
+sys.exit(loopback.main())
+"""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def launch(dataset):
-    """launch(out_dir, flags...): two processes of four devices each, with a launcher above them."""
+    """launch(out_dir, flags...): two processes, of one device each or more, with a launcher above them."""
     started = []
 
-    def call(out_dir, *flags, devices=4):
-        count = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    def call(out_dir, *flags, devices=1, launcher=(LAUNCH,), **variables):
+        count = f"--xla_force_host_platform_device_count={devices}"
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, LAUNCH, "2", *TINY, *SHORT, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags]
-        started.append(subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": count}, **options))
+        options["env"] = environment(count, "--xla_backend_optimization_level=0") | variables
+        flags = [*TINY, *MESH_RUN, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags]
+        started.append(subprocess.Popen([sys.executable, *launcher, "2", *flags], **options))
         return started[-1]
 
     yield call
     for process in started:
         if process.poll() is None:
             process.terminate()
-            process.wait(60)
+            process.wait(END_S)
 
 
-def wait_for_checkpoint(process, out_dir, iteration):
-    while not any(int(p.name) >= iteration for p in out_dir.glob("checkpoints/*") if p.name.isdigit()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def stopped(launch, tmp_path_factory):
+    """Two processes of four devices each, which a signal to the second one stopped: (folder, stdout, stderr)"""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "train.py").write_text(WATCHED, encoding="utf-8")
+    launcher = "-c", LAUNCH_WATCHED, folder / "train.py"
+    process = launch(folder / "out", *OFTEN, "--mesh=data:2,fsdp:4", devices=4, launcher=launcher, WATCHED=str(folder))
+    printed, errors = process.communicate(timeout=END_S)
+    assert process.returncode == 0, errors
+    return folder, printed, errors
+
+
+def checkpointed(out_dir, iteration):
+    return lambda: any(int(p.name) >= iteration for p in out_dir.glob("checkpoints/*") if p.name.isdigit())
 
 
 def children(process):
@@ -51,108 +93,128 @@ def children(process):
     return sorted(map(int, found))
 
 
-def test_two_processes_of_four_devices_lose_what_one_device_loses_and_go_on_on_one(launch, run, tmp_path):
-    flags = ("--optimizer=muon", "--eval_interval=10", "--mesh=data:2,fsdp:4")
-    process = launch(tmp_path / "two", "--max_iters=20", *flags)
-    printed, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert len(re.findall(r"GPT \(0.0M parameters\) on 8 x cpu: jax \S+, mesh data:2,fsdp:4", printed)) == 1
-    assert len(re.findall(r"iter 20 loss", printed)) == 1
-    run(tmp_path / "one", "--max_iters=20", *SHORT, *flags[:2])
-    for kind in "loss", "val_loss":
-        two, one = (losses_of(tmp_path / name, kind) for name in ("two", "one"))
-        assert list(one) == list(two)
-        np.testing.assert_allclose([*two.values()], [*one.values()], atol=1e-5, rtol=0)
-    written = {path.name for path in (tmp_path / "two" / "checkpoints" / "20" / "params").iterdir()}
-    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written  # Orbax's, in parallel
-    assert Checkpoints(tmp_path / "two").last() == 20
-    run(tmp_path / "two", "--init_from=resume", "--max_iters=25", *SHORT, *flags[:2])
-    run(tmp_path / "one", "--init_from=resume", "--max_iters=25", *SHORT, *flags[:2])
-    assert losses_of(tmp_path / "two")[25] == pytest.approx(losses_of(tmp_path / "one")[25], abs=1e-5)
+def test_a_process_reads_the_examples_of_its_own_devices(stopped, dataset):
+    folder, _, _ = stopped
+    read = [[int(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()] for name in "01"]
+    tokens = (dataset / "train.bin").stat().st_size // 2
+    config = Config(block_size=16, batch_size=8, gradient_accumulation_steps=2)
+    starts = draw_starts(tokens, config, 0, 1)[0]  # accumulation, batch
+    assert [sorted(rows) for rows in read] == [sorted(half.ravel()) for half in np.split(starts, 2, axis=1)]
 
 
-def test_a_signal_to_one_stops_all_at_one_iteration_and_they_resume(launch, tmp_path):
-    process = launch(tmp_path, "--max_iters=100000", "--eval_interval=5", devices=1)
-    wait_for_checkpoint(process, tmp_path, 5)
-    os.kill(children(process)[1], signal.SIGTERM)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    last, before = state(tmp_path)
+def test_a_signal_to_one_stops_all_at_one_iteration(stopped):
+    folder, printed, errors = stopped
+    last, _ = state(folder / "out")
     assert f"stopped at iteration {last}; --init_from=resume goes on" in errors.splitlines()
-    process = launch(tmp_path, "--init_from=resume", "--eval_only", devices=1)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and f"val loss {losses_of(tmp_path)[last]:.4f}" in printed
-    assert same((last, before), state(tmp_path))
+    assert len(re.findall(r"GPT \(0.0M parameters\) on 8 x cpu: jax \S+, mesh data:2,fsdp:4", printed)) == 1
+    assert len(re.findall(rf"iter {last} loss", printed)) == 1
+    written = {path.name for path in (folder / "out" / "checkpoints" / str(last) / "params").iterdir()}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written  # Orbax's, in parallel
+
+
+def test_they_lose_what_one_device_loses_which_goes_on_where_they_stopped(stopped, run, tmp_path):
+    folder, _, _ = stopped
+    last, _ = state(folder / "out")
+    shutil.copytree(folder / "out", tmp_path / "two")
+    for out_dir, begin in (tmp_path / "one", ()), (tmp_path / "two", ("--init_from=resume",)):
+        run(out_dir, *MESH_RUN, OFTEN[0], f"--max_iters={last + 3}", *begin)
+    for kind, needed in ("loss", range(1, last + 4)), ("val_loss", [0, 4, last + 3]):
+        two, one = (losses_of(tmp_path / name, kind) for name in ("two", "one"))
+        assert [two[i] for i in needed] == pytest.approx([one[i] for i in needed], abs=1e-5)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_that_dies_ends_the_others_soon_with_a_line_and_costs_no_checkpoint(victim, launch, tmp_path):
-    process = launch(tmp_path, "--max_iters=100000", "--eval_interval=5", devices=1)
-    wait_for_checkpoint(process, tmp_path, 10)
-    pids = children(process)
-    os.kill(pids[victim], signal.SIGKILL)
-    began = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - began < 20
-    last_line = errors.splitlines()[-1]
-    assert process.returncode != 0 and re.fullmatch(r"process [01] of 2 ended with .*, and so all did", last_line)
-    assert not any(Path(f"/proc/{pid}/stat").exists() for pid in pids)
-    assert state(tmp_path)[0] >= 10
+def test_one_that_dies_ends_the_others_and_what_two_resumed_is_kept(stopped, launch, run, tmp_path):
+    """Either of the two; both pairs go on from a checkpoint that eight devices wrote."""
+    last, before = state(stopped[0] / "out")
+    pairs = []
+    for victim in 0, 1:
+        out_dir = tmp_path / f"victim {victim}"
+        shutil.copytree(stopped[0] / "out", out_dir)
+        pairs.append((out_dir, launch(out_dir, *OFTEN, "--init_from=resume")))
+    run(tmp_path / "one", *MESH_RUN, f"--max_iters={last + 3}")
+    one = losses_of(tmp_path / "one", "loss")
+    for victim, (out_dir, process) in enumerate(pairs):
+        wait_until(process, checkpointed(out_dir, last + 4))
+        pids = children(process)
+        os.kill(pids[victim], signal.SIGKILL)
+        _, errors = process.communicate(timeout=END_S)
+        last_line = errors.splitlines()[-1]
+        assert process.returncode != 0 and re.fullmatch(r"process [01] of 2 ended with .*, and so all did", last_line)
+        assert not any(Path(f"/proc/{pid}/stat").exists() for pid in pids)
+        assert state(out_dir)[0] >= last + 4
+        two = losses_of(out_dir, "loss")
+        assert [two[last + i] for i in (1, 2, 3)] == pytest.approx([one[last + i] for i in (1, 2, 3)], abs=1e-5)
 
 
 @pytest.mark.faults
 def test_one_that_stands_still_ends_the_others(launch, tmp_path, request):
     if not request.config.getoption("--slow", default=False):
         pytest.skip("waits for minutes: --slow")
-    process = launch(tmp_path, "--max_iters=100000", "--eval_interval=5", devices=1)
-    wait_for_checkpoint(process, tmp_path, 5)
-    stopped = children(process)[1]
-    os.kill(stopped, signal.SIGSTOP)
-    began = time.monotonic()
-    _, errors = process.communicate(timeout=120)
-    assert time.monotonic() - began < 90 and process.returncode != 0
-    assert not Path(f"/proc/{stopped}/stat").exists()
-    assert state(tmp_path)[0] >= 5
+    process = launch(tmp_path, *OFTEN)
+    wait_until(process, checkpointed(tmp_path, 4))
+    standing = children(process)[1]
+    os.kill(standing, signal.SIGSTOP)
+    process.communicate(timeout=END_S)
+    assert process.returncode != 0
+    assert not Path(f"/proc/{standing}/stat").exists()
+    assert state(tmp_path)[0] >= 4
 
 
-READS = """
-import sys
-import jax, numpy as np
-from jax_nanogpt import train
-from jax_nanogpt.device import join
-from jax_nanogpt.mesh import BATCH, make_mesh
-from jax_nanogpt.model import GPTConfig
-
-join(sys.argv[1], 2, int(sys.argv[2]))
-mesh = make_mesh("data:2,fsdp:2", jax.devices(), 8, GPTConfig())
-cut, rows = train.cut, []
-train.cut = lambda data, starts, T: rows.extend(starts.ravel().tolist()) or cut(data, starts, T)
-where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
-train.read(np.arange(100), np.arange(8), 4, where)
-print(sorted(rows))
-"""
+def test_a_mistake_ends_in_one_line_and_status_2_also_where_all_make_it(launch, dataset, tmp_path):
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    alone = start(dataset, tmp_path / "none", "--coordinator=auto", **pipes)  # where there is no cluster
+    two = launch(tmp_path / "none", "--mesh=tensor:8", "--batch_size=3", devices=4)
+    _, errors = alone.communicate(timeout=END_S)
+    assert alone.returncode == 2 and errors.count("\n") == 1
+    assert errors.startswith("coordinator is auto, where the processes do not find each other: ")
+    _, errors = two.communicate(timeout=END_S)
+    assert two.returncode == 2 and "mesh is tensor:8, but n_head is 4" in errors and "Traceback" not in errors
+    assert not (tmp_path / "none").exists()
 
 
-def test_a_process_reads_the_examples_of_its_own_devices():
-    devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    where = f"127.0.0.1:{free_port()}"
-    commands = [[sys.executable, "-c", READS, where, str(i)] for i in range(2)]
-    processes = [
-        subprocess.Popen(command, env=devices, stdout=subprocess.PIPE, encoding="utf-8") for command in commands
+# the launcher alone, over scripts that stand for train.py
+
+
+def launched(tmp_path, script):
+    (tmp_path / "train.py").write_text(f"import os, signal, sys, time\nnumber = int(sys.argv[-1][-1])\n{script}")
+    command = [sys.executable, "-c", LAUNCH_WATCHED, tmp_path / "train.py", "2", "--key=value"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=environment(), **options)
+
+
+def test_the_launcher_tells_each_its_number_and_where_the_first_one_listens(tmp_path):
+    printed, _ = launched(tmp_path, "print(sys.argv[1:])").communicate(timeout=END_S)
+    flags = [json.loads(line.replace("'", '"')) for line in sorted(printed.splitlines())]
+    assert [sorted(words)[2:] for words in flags] == [
+        ["--num_processes=2", f"--process_id={number}"] for number in (0, 1)
     ]
-    rows = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
-    assert rows == ["[0, 1, 2, 3]", "[4, 5, 6, 7]"]
+    assert flags[0][0] == flags[1][0] == "--key=value"
+    assert flags[0][1] == flags[1][1] and re.fullmatch(r"--coordinator=127\.0\.0\.1:\d+", flags[0][1])
 
 
-def test_a_cluster_that_is_not_there_ends_in_one_line_and_status_2(dataset, tmp_path):
-    command = [sys.executable, SCRIPT, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'none'}"]
-    result = subprocess.run([*command, "--coordinator=auto"], capture_output=True, encoding="utf-8", timeout=120)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
-    assert result.stderr.startswith("coordinator is auto, where the processes do not find each other: ")
+def test_the_launcher_ends_with_the_status_of_the_first_that_fails(tmp_path):
+    for script, status, ending in (
+        ("sys.exit(0)", 0, ""),
+        ("sys.exit(2)", 2, ""),
+        ("sys.exit(130)", 130, ""),
+        ("sys.exit(7 * number)", 7, "process 1 of 2 ended with status 7, and so all did"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL if number else 0)",
+            137,
+            "process 1 of 2 ended with signal 9, and so all did",
+        ),
+    ):
+        process = launched(tmp_path, script)
+        _, errors = process.communicate(timeout=END_S)
+        assert (process.returncode, errors.strip()) == (status, ending)
 
 
-def test_a_mistake_of_all_processes_ends_in_their_line_and_their_status(launch, tmp_path):
-    process = launch(tmp_path / "none", "--mesh=tensor:8", "--batch_size=3")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and "mesh is tensor:8, but n_head is 4" in errors and "Traceback" not in errors
+def test_the_launcher_passes_a_signal_on(tmp_path):
+    process = launched(
+        tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nprint(number, flush=True)\nsignal.pause()"
+    )
+    assert {process.stdout.readline() for _ in range(2)} == {"0\n", "1\n"}
+    process.terminate()
+    process.communicate(timeout=END_S)
+    assert process.returncode == 0
