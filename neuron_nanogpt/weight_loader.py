@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -11,15 +12,16 @@ from safetensors.torch import load_file
 from neuron_nanogpt.model import GPT, GPTConfig
 from shared.tokenizer import find_model
 
-FIXED = {  # what model.py has built in: a checkpoint that differs would give other logits, silently
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-    "add_cross_attention": False,
+FIXED = {  # what model.py has built in, and the values that mean the same: another would give other logits
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "add_cross_attention": (False,),
 }
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's are [in, out], nn.Linear's [out, in]
 
 
@@ -28,16 +30,11 @@ def find_folder(model):
 
 
 def read_config(folder):
-    path = Path(folder) / "config.json"
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    for key, value in FIXED.items():
-        if given.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {given[key]!r}, GPT-2's {value!r} is supported")
+    path = Path(folder, "config.json")
+    given = read_json(path)
+    for key, values in FIXED.items():
+        if key in given and given[key] not in values:
+            raise ValueError(f"{path}: {key} must be {' or '.join(map(repr, values))}, got {given[key]!r}")
     config = GPTConfig(
         block_size=given.get("n_positions", given.get("n_ctx", 1024)),
         vocab_size=given.get("vocab_size", 50257),
@@ -48,53 +45,101 @@ def read_config(folder):
     for key, value in vars(config).items():
         most = 1000 if key == "n_layer" else 2**24
         if type(value) is not int or not 0 < value <= most:
-            raise ValueError(f"{path}: {key} is {value!r}, a whole number from 1 to {most} is expected")
+            raise ValueError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
     if config.n_embd % config.n_head:
-        raise ValueError(f"{path}: n_embd is {config.n_embd}, a multiple of n_head ({config.n_head}) is expected")
+        raise ValueError(f"{path}: n_embd must be a multiple of n_head ({config.n_head}), got {config.n_embd}")
     if given.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(f"{path}: n_inner is {given['n_inner']}, 4 * n_embd is supported")
+        raise ValueError(f"{path}: n_inner must be 4 * n_embd ({4 * config.n_embd}), got {given['n_inner']!r}")
     return config
 
 
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
 def weight_files(folder):
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no model.safetensors (weights are read from no other format)")
-    return files
+    """As transformers chooses: model.safetensors, or else the shards that its index lists, and no other file."""
+    whole, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise ValueError(f"{folder} must hold {whole.name} or {index.name}: weights are read from no other format")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+        raise ValueError(f"{index}: weight_map must map tensor names to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not Path(folder, name).is_file():
+            raise ValueError(f"{index}: {name!r} must be a file in the same folder")
+    return [Path(folder, name) for name in names]
+
+
+def read_tensors(folder, shapes):
+    """GPT-2's tensors by name, each checked; shapes has what a GPT-2 of this config holds."""
+    tensors = {}
+    for file in weight_files(folder):
+        try:
+            loaded = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
+        for full_name, tensor in loaded.items():
+            name = full_name.removeprefix("transformer.")
+            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+                continue  # GPT-2's own files carry causal masks
+            if name in tensors:
+                raise ValueError(f"{file}: {full_name} is given twice")
+            shape = shapes.get("wte.weight" if name == "lm_head.weight" else name)
+            if shape is None:
+                raise ValueError(f"{file}: {full_name} is not a tensor of this GPT-2")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{file}: {full_name} must have shape {shape}, got {tuple(tensor.shape)}")
+            if tensor.dtype not in FLOATS:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{file}: {full_name} must be floating-point, got {dtype}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file}: {full_name} holds NaN or infinity")
+            tensors[name] = tensor
+    if missing := [name for name in shapes if name not in tensors]:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(f"{folder} lacks {len(missing)} tensors: {names}")
+    head = tensors.pop("lm_head.weight", tensors["wte.weight"])
+    if not torch.equal(head, tensors["wte.weight"]):
+        raise ValueError(f"{folder}: lm_head.weight must equal wte.weight, as tie_word_embeddings says")
+    return tensors
 
 
 def load(folder, dtype=torch.float32):
-    """The GPT in a checkpoint's folder, in dtype, ready to infer; a ValueError says what is wrong with it."""
+    """The GPT in a checkpoint's folder, in dtype, in eval mode; a ValueError says what is wrong with the folder."""
     config = read_config(folder)
     with torch.device("meta"):  # the shapes alone: nothing is drawn at random to be thrown away
         gpt = GPT(config)
     expected = {name: tensor.shape for name, tensor in gpt.state_dict().items() if name != "lm_head.weight"}
+    shapes = {
+        name: tuple(shape[::-1] if name.endswith(TRANSPOSED) else shape)  # Hugging Face's
+        for name, shape in expected.items()
+    }
     state = {}
-    for file in weight_files(folder):
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-        for name, tensor in tensors.items():
-            name = name.removeprefix("transformer.")
-            if name not in expected:
-                continue  # GPT-2's files also carry causal masks and, at times, the tied head
-            tensor = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-            if tensor.shape != expected[name]:
-                shapes = f"{tuple(tensor.shape)}, {tuple(expected[name])}"
-                raise ValueError(f"{file}: {name} (as nn.Linear has it) has the shape {shapes} is expected")
-            state[name] = tensor.to(dtype).contiguous()
-    if missing := [name for name in expected if name not in state]:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing: {', '.join(missing[:3])}...")
+    for name, tensor in read_tensors(folder, shapes).items():
+        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        state[name] = tensor.to(dtype).contiguous()
     gpt.load_state_dict(state | {"lm_head.weight": state["wte.weight"]}, assign=True)
     gpt.lm_head.weight = gpt.wte.weight
     return gpt.requires_grad_(False).eval()
 
 
 def fingerprint(folder):
-    """SHA-256 of what makes the weights."""
+    """SHA-256 of the files that define the weights, the shards' index among them."""
+    files = [Path(folder, "config.json"), *weight_files(folder)]
+    if not Path(folder, "model.safetensors").exists():
+        files.insert(1, Path(folder, "model.safetensors.index.json"))
     digest = hashlib.sha256()
-    for file in (Path(folder) / "config.json", *weight_files(folder)):
+    for file in files:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

@@ -1,27 +1,24 @@
 """The model against transformers' GPT-2, and what tracing and padding must not change."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from neuron_nanogpt import kernels, weight_loader
 from neuron_nanogpt.model import GPT, GPTConfig, count_params
 from neuron_nanogpt.run_model import Decode, padded
 
-SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-xl": (3, 25, 1600)}  # -xl with fewer layers
+SHAPES = {"gpt2": (2, 12, 768), "gpt2-xl": (1, 25, 1600)}  # with fewer layers
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_are_those_of_transformers(name, random_checkpoint, tmp_path):
-    reference = random_checkpoint(tmp_path, *SHAPES[name], vocab=1000, positions=64)
+    reference = random_checkpoint(tmp_path, *SHAPES[name], vocab=100, positions=32)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(0.07)  # a spread as in GPT-2
     reference.save_pretrained(tmp_path)
-    ids = torch.randint(1000, (2, 64))
+    ids = torch.randint(100, (2, 32))
     expected = reference(ids).logits
     gpt = weight_loader.load(tmp_path)
     torch.testing.assert_close(gpt(ids)[0], expected, atol=1e-4, rtol=0)
@@ -83,34 +80,6 @@ def test_no_position_sees_a_later_one(gpt):
 def test_padded_keeps_the_end_of_a_long_text():
     ids, length = padded([[1, 2, 3, 4, 5], [6]], 3)
     assert ids.tolist() == [[3, 4, 5], [6, 0, 0]] and length.tolist() == [3, 1]
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"n_head": 3}, "n_embd is 32, a multiple of n_head"),
-        ({"n_layer": -1}, "n_layer is -1, a whole number from 1 to 1000"),
-        ({"n_layer": 3}, "12 tensors are missing: h.2.ln_1.weight"),
-        ({"n_inner": 7}, "n_inner is 7"),
-        ({"vocab_size": 51}, "wte.weight"),
-    ],
-)
-def test_a_checkpoint_that_is_another_model_is_refused(change, complaint, tiny, tmp_path):
-    config = json.loads((tiny[0] / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
-    save_file(load_file(tiny[0] / "model.safetensors"), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=complaint):
-        weight_loader.load(tmp_path)
-
-
-def test_damaged_weights_are_refused(tiny, tmp_path):
-    (tmp_path / "config.json").write_text((tiny[0] / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
-        weight_loader.load(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((tiny[0] / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is not a readable safetensors file"):
-        weight_loader.load(tmp_path)
 
 
 def test_bfloat16_is_near(tiny, gpt):
