@@ -226,9 +226,9 @@ def write_random(name, folder):
 
 def measure(args, scratch):
     if args.new_tokens < 2:
-        raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
+        raise ValueError(f"--new-tokens must be at least 2, got {args.new_tokens}")
     if backend.choose_device(args.device)[0] == "qaic":
-        raise ValueError("device is qaic: a card's figures are those that example.py prints; here, --device=cpu")
+        raise ValueError("device must be cpu here, got qaic: a card's figures are those that example.py prints")
     if args.random:
         name, folder = f"{args.random}-random", scratch / "random"
         write_random(args.random, folder)
@@ -236,7 +236,7 @@ def measure(args, scratch):
         name, folder, _ = find_model(args.model)
     positions = weight_loader.read_config(folder).n_positions
     if args.new_tokens > positions // 2:
-        raise ValueError(f"--new-tokens is {args.new_tokens}, at most half of the {positions} positions are expected")
+        raise ValueError(f"--new-tokens must be at most half of the {positions} positions, got {args.new_tokens}")
     os.environ["QEFF_HOME"] = str(scratch / "artifacts")
     report = Report(name)
     export_s, compile_s, peak_mb = export_in_a_process(Path(folder).resolve())
