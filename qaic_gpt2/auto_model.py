@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 
-from qaic_gpt2 import compiler, exporter, model, weight_loader
+from qaic_gpt2 import compiler, exporter, model, quantizer, weight_loader
 from qaic_gpt2.files import sha256, written_beside
 from qaic_gpt2.generation import Bytes, ExecInfo, PerfMetrics, fix_prompts, generate_batch, print_stats
 from qaic_gpt2.runtime import ENGINE, Session
@@ -30,6 +30,11 @@ def home():
     if path := os.environ.get("QEFF_HOME"):
         return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qaic_gpt2")
+
+
+def code(*modules):
+    """What of our own an artifact is made by, as its SHA-256: another makes another artifact."""
+    return " ".join(sha256(Path(module.__file__)) for module in modules)
 
 
 class QEFFAutoModelForCausalLM:
@@ -45,10 +50,10 @@ class QEFFAutoModelForCausalLM:
         """A name that find_model knows, or a folder in Hugging Face's format. dtype: float32 or float16."""
         for name, value in {"continuous_batching": continuous_batching, "qaic_config": qaic_config}.items():
             if value:
-                raise ValueError(f"{name} is {value!r}, which only a card can do")
+                raise ValueError(f"{name} must be None or False on a CPU, got {value!r}")
         dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
         if dtype not in weight_loader.DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, one of {', '.join(weight_loader.DTYPES)} is expected")
+            raise ValueError(f"dtype must be {' or '.join(weight_loader.DTYPES)}, got {dtype!r}")
         name = str(pretrained_model_name_or_path).removeprefix("openai-community/")
         return cls(find_model(name).folder, dtype)
 
@@ -58,8 +63,8 @@ class QEFFAutoModelForCausalLM:
 
     def export(self, export_dir=None):
         """The ONNX file's path; its folder is named by what makes the graph and its weights, and made if not there."""
-        code = [sha256(Path(module.__file__)) for module in (model, weight_loader, exporter)]
-        made_of = f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__} {code}"
+        made_of = f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__} "
+        made_of += code(model, weight_loader, exporter)
         key = hashlib.sha256(made_of.encode())
         folder = Path(export_dir or home(), f"GPT2LMHeadModel-{key.hexdigest()[:16]}")
         if not folder.is_dir():
@@ -74,8 +79,8 @@ class QEFFAutoModelForCausalLM:
         onnx_path=None,
         compile_dir=None,
         *,
-        prefill_seq_len=32,
-        ctx_len=128,
+        prefill_seq_len=None,
+        ctx_len=None,
         batch_size=1,
         full_batch_size=None,
         num_devices=1,
@@ -85,27 +90,32 @@ class QEFFAutoModelForCausalLM:
         int8_matmul=False,
         **compiler_options,
     ):
-        """The artifact's path. What only a card has a use for is noted in it; int8_matmul is the CPU's own."""
+        """The artifact's path. What only a card has a use for is noted in it; int8_matmul is the CPU's own.
+
+        By default ctx_len is QEfficient's 128, and prefill_seq_len 32, or as many as the model has positions for.
+        """
+        ctx_len = min(128, self.config.n_positions) if ctx_len is None else ctx_len
+        prefill_seq_len = min(32, ctx_len) if prefill_seq_len is None else prefill_seq_len
         sizes = {"batch_size": batch_size, "prefill_seq_len": prefill_seq_len, "ctx_len": ctx_len}
         for name, value in (sizes | {"num_devices": num_devices, "num_cores": num_cores}).items():
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}, a whole number of 1 or more is expected")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if full_batch_size is not None:
-            raise ValueError(f"full_batch_size is {full_batch_size}: continuous batching is for a card")
+            raise ValueError(f"full_batch_size must be None on a CPU, got {full_batch_size!r}")
         if not prefill_seq_len <= ctx_len <= self.config.n_positions:
             raise ValueError(
-                f"ctx_len is {ctx_len}, at least prefill_seq_len ({prefill_seq_len}) and at most the model's "
-                f"{self.config.n_positions} positions are expected"
+                f"ctx_len must be at least prefill_seq_len ({prefill_seq_len}) and at most the model's "
+                f"{self.config.n_positions} positions, got {ctx_len}"
             )
         if int8_matmul and self.dtype != "float32":
-            raise ValueError(f"int8_matmul starts from float32 weights, dtype is {self.dtype}")
-        onnx_path = Path(onnx_path or self.export())
+            raise ValueError(f"dtype must be float32 with int8_matmul, got {self.dtype}")
+        onnx_path = Path(onnx_path or self.onnx_path or self.export())
         if not onnx_path.is_file():
-            raise ValueError(f"onnx_path is {onnx_path}, which is no file")
+            raise ValueError(f"onnx_path must be a file, got {onnx_path}")
         card = {"num_cores": num_cores, "num_devices": num_devices, "mxfp6_matmul": mxfp6_matmul}
         card |= {"mxint8_kv_cache": mxint8_kv_cache} | compiler_options
         record = {"engine": ENGINE, "sizes": sizes, "int8_matmul": int8_matmul, "for_the_card": card}
-        record["onnx"] = self._hashes(onnx_path)
+        record |= {"onnx": self._hashes(onnx_path), "code": code(compiler, quantizer)}
         key = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = Path(compile_dir or onnx_path.parent, f"qpc-{key}")
         if not folder.is_dir():
@@ -158,9 +168,9 @@ class QEFFAutoModelForCausalLM:
         the statistics at the end. runtime_ai100 is QEfficient's word for running at all.
         """
         if generation_len is not None and (type(generation_len) is not int or generation_len < 1):
-            raise ValueError(f"generation_len is {generation_len!r}, a whole number of 1 or more is expected")
+            raise ValueError(f"generation_len must be a whole number of at least 1, got {generation_len!r}")
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts is {prompts!r}, a list of texts is expected")
+            raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
         if device_id is not None:
             print(f"device_id={device_id} names a card, and is without effect here")
         tokenizer = Bytes(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else tokenizer

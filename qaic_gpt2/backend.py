@@ -38,10 +38,10 @@ def missing():
 def choose_device(name="auto"):
     """(cpu or qaic, why): a card asked for by name and not to be had is an error, never a run on the CPU."""
     if name not in NAMES:
-        raise ValueError(f"device is {name}, one of {', '.join(NAMES)} is expected")
+        raise ValueError(f"device must be {', '.join(NAMES[:-1])} or {NAMES[-1]}, got {name}")
     lack = missing() if name != "cpu" else None
     if name == "qaic" and lack:
-        raise ValueError(f"device is qaic, but {lack}")
+        raise ValueError(f"device must be auto or cpu here, got qaic: {lack}")
     if name == "cpu" or lack:
         return "cpu", "no Cloud AI 100 found" if lack else "as asked"
     return "qaic", "a card is ready"

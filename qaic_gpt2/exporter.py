@@ -48,9 +48,9 @@ def export(model, folder):
 def trace(model):
     """The graph, in which the parameters are inputs too."""
     names = cache_names(model.config.n_layer)
-    batch, seq_len, ctx_len = 2, 4, 8  # any: the axes are dynamic
+    batch, seq_len, ctx_len = 2, 4, 8  # any: the axes are dynamic; id 0 at position 0 is in every model
     shape, dtype = model.config.cache_shape(batch, ctx_len), model.wte.weight.dtype
-    positions = torch.arange(seq_len).expand(batch, seq_len)
+    tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
     cache_axes = {0: "batch_size", 2: "ctx_len"}
     axes = {name: {0: "batch_size", 1: "seq_len"} for name in ("input_ids", "position_ids")}
     axes |= {"logits": {0: "batch_size"}}
@@ -60,7 +60,7 @@ def trace(model):
         warnings.simplefilter("ignore")  # the exporter's: that it is the older one, as QEfficient's is
         torch.onnx.export(
             model,
-            (positions, positions, *(torch.zeros(shape, dtype=dtype) for _ in names)),
+            (tokens, tokens, *(torch.zeros(shape, dtype=dtype) for _ in names)),
             file,
             input_names=["input_ids", "position_ids", *names],
             output_names=["logits", *map(retained, names)],

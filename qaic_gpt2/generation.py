@@ -22,7 +22,7 @@ class ExecInfo:
 
     batch_size: int
     generated_texts: list  # a list of texts for each batch
-    generated_ids: list  # an array (batch, ctx_len) for each batch, <|endoftext|> behind the end of a text
+    generated_ids: list  # an array (batch, ctx_len) for each batch, behind a text <|endoftext|> (-1 without one)
     perf_metrics: PerfMetrics
     logits: list = field(default_factory=list, repr=False)  # with return_logits: a list of rows for each text
 
@@ -47,6 +47,14 @@ class Bytes:
         return bytes(self.byte_of[char] for char in self.tokenizer.convert_ids_to_tokens(int(id)))
 
 
+def encode(tokenizer, prompt):
+    """The prompt's ids; <|endoftext|> begins a text without a prompt, as in GPT-2's training."""
+    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    if ids == [None]:
+        raise ValueError("prompt must not be empty: this model has no <|endoftext|>")
+    return ids
+
+
 def fix_prompts(prompts, batch_size):
     """As many as fill batches, by QEfficient's rule: too few are repeated, what fills no last batch is dropped."""
     if len(prompts) < batch_size:
@@ -60,15 +68,13 @@ def fix_prompts(prompts, batch_size):
 def generate_batch(session, tokenizer, prompts, generation_len, sampler, ignore_eos, stream, return_logits):
     """One prompt a row, to generation_len or the context's end, or until all rows came to theirs."""
     began = time.perf_counter()
-    prompts = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
+    prompts = [encode(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, prompts))
-    room = session.ctx_len - longest
+    room = session.ctx_len - longest + 1  # the last position predicts a token, too
     if room < 1:
-        raise ValueError(f"a prompt has {longest} tokens, fewer than ctx_len ({session.ctx_len}) are expected")
+        raise ValueError(f"prompt must have at most ctx_len ({session.ctx_len}) tokens, got {longest}")
     if (largest := max(map(max, prompts))) >= (vocab_size := session.logits.shape[2]):
-        raise ValueError(
-            f"a prompt has the token {largest}, this model's vocabulary is of {vocab_size}: another tokenizer's?"
-        )
+        raise ValueError(f"prompt must have tokens below vocab_size ({vocab_size}), got {largest}")
     count, end = min(generation_len or room, room), None if ignore_eos else tokenizer.eot
     texts, shown = [[] for _ in prompts], Stream(tokenizer)  # ids
     rows = [[] for _ in prompts]
@@ -92,13 +98,14 @@ def generate_batch(session, tokenizer, prompts, generation_len, sampler, ignore_
     done = time.perf_counter()
     if stream:
         print(shown.end())
-        if count == room < (generation_len or 0) and not over.all():
+        if count == room != generation_len and not over.all():
             print(f"(the end of the context: {session.ctx_len} tokens)")
-    ids = np.full((len(prompts), session.ctx_len), tokenizer.eot)
+    ids = np.full((len(prompts), session.ctx_len), -1 if tokenizer.eot is None else tokenizer.eot)
     for row, text in enumerate(texts):
         ids[row, : len(text)] = text
     decoded = count - left - 1  # the first token came of the prompt
-    metrics = PerfMetrics(first - began, decoded / (done - first), decoded / (done - began), done - began)
+    rates = [decoded / (done - since) if decoded else 0.0 for since in (first, began)]
+    metrics = PerfMetrics(first - began, *rates, done - began)
     texts = [decode(tokenizer, [id for id in text if id != end]) for text in texts]
     return ExecInfo(len(prompts), texts, ids, metrics, rows if return_logits else [])
 

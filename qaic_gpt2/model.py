@@ -132,7 +132,7 @@ class GPT(nn.Module):
         """input_ids, position_ids (B, S), past: key and value of each layer (B, H, T, D)
         -> logits (B, 1, V) behind each row's largest position, and the new past."""
         (B, S), T, C = input_ids.shape, past[0].shape[2], self.config.n_embd
-        # padding goes to the last slot, which no prompt fills: a prompt leaves room for the token that follows it
+        # padding goes to the last slot, which a later token overwrites; no row that fills the cache is padded (prefill)
         slots = torch.where(position_ids < 0, T - 1, position_ids)
         places = self._places(slots)
         hidden = (torch.arange(T) > position_ids[:, :, None])[:, None]  # B, 1, S, T

@@ -11,12 +11,7 @@ from onnx import helper, numpy_helper
 from qaic_gpt2.exporter import WEIGHTS, add_external
 
 QUANTIZED = "quantized.onnx"
-BLOCKS = (
-    128,
-    64,
-    32,
-    16,
-)  # the largest that divides a row: fewer scales to read, and hardly more loss
+BLOCKS = (128, 64, 32, 16)  # the largest that divides a row: fewer scales to read, and hardly more loss
 MIDDLE = 128  # the uint8 that stands for 0: MatMulNBits's zero point where it is given none
 
 
@@ -64,7 +59,7 @@ def matmul(gemm, weight, graph, file):
     N, K = weight.shape
     size = next((size for size in BLOCKS if K % size == 0), None)
     if size is None:
-        raise ValueError(f"int8_matmul needs rows that {BLOCKS[-1]} divides, {name} has rows of {K}")
+        raise ValueError(f"n_embd must be a multiple of {BLOCKS[-1]} with int8_matmul, got {K}: the rows of {name}")
     for kind, array in zip(("blocks", "scales"), blocks(weight, size), strict=True):
         add_external(graph, f"{name}.{kind}", array, file)
     inputs = [x, f"{name}.blocks", f"{name}.scales", *(["", "", *bias] if bias else [])]

@@ -85,16 +85,21 @@ class Session:
 
 
 def prefill(program, prompts, chunk):
-    """Lists of ids, one a row, through a program of chunk tokens at once -> the logits behind each (batch, vocab)."""
+    """Lists of ids, one a row, through a program of chunk tokens at once -> the logits behind each (batch, vocab).
+
+    The last chunk ends where the longest prompt does, and computes again what it shares with the one before: padding
+    behind a prompt that fills the cache would overwrite its last slot.
+    """
     lengths = np.array([len(prompt) for prompt in prompts])
-    padded = -(-lengths.max() // chunk) * chunk
+    padded = max(lengths.max(), chunk)
     positions = np.tile(np.arange(padded), (len(prompts), 1))
     positions[positions >= lengths[:, None]] = -1  # right-padded
     ids = np.zeros_like(positions)
     ids[positions >= 0] = np.concatenate(prompts)
     behind = [None] * len(prompts)
     for start in range(0, padded, chunk):
+        start = min(start, padded - chunk)
         logits = program(ids[:, start : start + chunk], positions[:, start : start + chunk])
-        for row in np.flatnonzero((lengths - 1) // chunk == start // chunk):  # a short row ends before the longest
+        for row in np.flatnonzero((start < lengths) & (lengths <= start + chunk)):  # short rows end early
             behind[row] = logits[row].copy()
     return np.stack(behind)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -11,54 +12,108 @@ from safetensors.torch import load_file
 from qaic_gpt2.files import sha256
 from qaic_gpt2.model import GPT, GPTConfig
 
-FIXED = {  # what model.py has built in: a checkpoint that differs would give other logits, silently
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-    "add_cross_attention": False,
+FIXED = {  # what model.py has built in, and the values that mean the same: another would give other logits
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "add_cross_attention": (False,),
 }
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def read_config(folder):
     path = Path(folder, "config.json")
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} holds no readable config.json: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    for key, value in FIXED.items():
-        if given.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {given[key]!r}, GPT-2's {value!r} is supported")
+    given = read_json(path)
+    for key, values in FIXED.items():
+        if key in given and given[key] not in values:
+            raise ValueError(f"{path}: {key} must be {' or '.join(map(repr, values))}, got {given[key]!r}")
     if "n_ctx" in given:
         given.setdefault("n_positions", given["n_ctx"])
     config = GPTConfig(**{key: given[key] for key in GPTConfig.__dataclass_fields__ if key in given})
     for key, value in vars(config).items():
         most = 1000 if key == "n_layer" else 2**24
-        if type(value) is not int or not 0 < value <= most:
-            raise ValueError(f"{path}: {key} is {value!r}, a whole number from 1 to {most} is expected")
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
     if config.n_embd % config.n_head:
-        raise ValueError(f"{path}: n_embd is {config.n_embd}, a multiple of n_head ({config.n_head}) is expected")
+        raise ValueError(f"{path}: n_embd must be a multiple of n_head ({config.n_head}), got {config.n_embd}")
     if given.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(f"{path}: n_inner is {given['n_inner']}, 4 * n_embd is supported")
+        raise ValueError(f"{path}: n_inner must be 4 * n_embd ({4 * config.n_embd}), got {given['n_inner']!r}")
     return config
 
 
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
 def weight_files(folder):
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no model.safetensors (weights are read from no other format)")
-    return files
+    """As transformers chooses: model.safetensors, or else the shards that its index lists, and no other file."""
+    whole, index = Path(folder, WHOLE), Path(folder, INDEX)
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise ValueError(f"{folder} must hold {WHOLE} or {INDEX}: weights are read from no other format")
+    weight_map = read_json(index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(name, str) for name in files):
+        raise ValueError(f"{index}: weight_map must map tensor names to files")
+    names = sorted(set(files))
+    for name in names:
+        if Path(name).name != name or not Path(folder, name).is_file():
+            raise ValueError(f"{index}: {name!r} must be a file in the same folder")
+    return [Path(folder, name) for name in names]
 
 
 def digest(folder):
     """Of the model's shape and the content of its weights, wherever they lie: what artifacts are named by."""
-    parts = [repr(read_config(folder)), *map(sha256, weight_files(folder))]
+    files = weight_files(folder)
+    if files != [Path(folder, WHOLE)]:
+        files.append(Path(folder, INDEX))
+    parts = [repr(read_config(folder)), *map(sha256, files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_tensors(folder, shapes):
+    """GPT-2's tensors by name, each checked; shapes has what a GPT-2 of this config holds."""
+    tensors = {}
+    for file in weight_files(folder):
+        try:
+            loaded = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
+        for full_name, tensor in loaded.items():
+            name = full_name.removeprefix("transformer.")
+            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
+                continue  # GPT-2's own files carry causal masks
+            if name in tensors:
+                raise ValueError(f"{file}: {full_name} is given twice")
+            shape = shapes.get("wte.weight" if name == "lm_head.weight" else name)
+            if shape is None:
+                raise ValueError(f"{file}: {full_name} is not a tensor of this GPT-2")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{file}: {full_name} must have shape {shape}, got {tuple(tensor.shape)}")
+            if not tensor.is_floating_point():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{file}: {full_name} must be floating-point, got {dtype}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file}: {full_name} holds NaN or infinity")
+            tensors[name] = tensor
+    if missing := [name for name in shapes if name not in tensors]:
+        more = ", ..." if len(missing) > 3 else ""
+        raise ValueError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:3])}{more}")
+    head = tensors.pop("lm_head.weight", tensors["wte.weight"])
+    if not torch.equal(head, tensors["wte.weight"]):
+        raise ValueError(f"{folder}: lm_head.weight must equal wte.weight, as tie_word_embeddings says")
+    return tensors
 
 
 def load(folder, dtype="float32"):
@@ -66,23 +121,9 @@ def load(folder, dtype="float32"):
     config = read_config(folder)
     with torch.device("meta"):
         model = GPT(config)
-    expected, state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, {}
-    for file in weight_files(folder):
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-        for name, tensor in tensors.items():
-            shape = expected.pop(name := name.removeprefix("transformer."), None)
-            if shape is None:
-                continue  # GPT-2's files also carry causal masks and, at times, the tied head
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{file}: {name} has the shape {tuple(tensor.shape)}, {shape} is expected")
-            state[name] = tensor.to(DTYPES[dtype])
-    if expected:
-        missing = ", ".join(list(expected)[:3])
-        raise ValueError(f"{folder}: {len(expected)} tensors are missing: {missing}...")
-    model.load_state_dict(state, assign=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = read_tensors(folder, shapes)
+    model.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
