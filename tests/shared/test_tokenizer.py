@@ -287,6 +287,15 @@ def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("missing", ["vocab.json", "merges.txt"])
+def test_half_a_vocabulary_is_not_taken_for_none(small_folder, missing):
+    """GPT-2's own would be taken in its place, by its size."""
+    (small_folder / "config.json").write_text('{"vocab_size": 50257}', encoding="utf-8")
+    (small_folder / missing).unlink()
+    with pytest.raises(ValueError, match=r"must hold both vocab\.json and merges\.txt, or neither$"):
+        load_tokenizer(small_folder)
+
+
 def test_reading_a_folder_writes_nothing_and_needs_no_cache(small_folder, tmp_path_factory, monkeypatch):
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
