@@ -23,8 +23,8 @@ import json
 import os
 import queue
 import re
+import tempfile
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -39,7 +39,8 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NANO = "gpt2-nano"
 END_OF_TEXT = "<|endoftext|>"
 DEADLINE_S = 2.0  # for a host to answer
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = ("vocab.bpe", "encoder.json")  # what tiktoken makes its "gpt2" of
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
@@ -140,8 +141,11 @@ def load_tokenizer(folder: "str | os.PathLike") -> "BPE | Characters":
         if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars) or _SURROGATE.search(chars):
             raise ValueError(f'{folder / "meta.json"} must hold "chars", a text of distinct characters')
         return Characters(chars)
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+    here = [(folder / name).exists() for name in ("vocab.json", "merges.txt")]
+    if all(here):
         return BPE.from_ranks(*_read_vocabulary(folder / "vocab.json", folder / "merges.txt"))
+    if any(here):
+        raise ValueError(f"{folder} must hold both vocab.json and merges.txt, or neither")
     if _read_json(folder / "config.json").get("vocab_size") == 50257:  # GPT-2's weights without its vocabulary
         return gpt2_bpe()
     raise ValueError(f"{folder} has no tokenizer: neither vocab.json and merges.txt nor meta.json")
@@ -157,16 +161,21 @@ def gpt2_bpe() -> BPE:
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
             return BPE.from_ranks(ranks, {END_OF_TEXT: len(ranks)})
     try:
-        try:
-            return BPE(_within(DEADLINE_S, lambda: tiktoken.get_encoding("gpt2")))
-        except TimeoutError:  # nobody there, or just slow?
-            _within(DEADLINE_S, lambda: _get(GPT2_URL))
-            return BPE(tiktoken.get_encoding("gpt2"))  # waits for the call that is under way
+        if not _in_tiktokens_cache():
+            _within(DEADLINE_S, lambda: _get(GPT2_URL + GPT2_FILES[0], 1))  # tiktoken would wait for it without a limit
+        return BPE(tiktoken.get_encoding("gpt2"))
     except _FETCH_ERRORS as error:
         raise ValueError(
             f"GPT-2's tokenizer is in no cache and cannot be fetched ({_in_a_line(error)}): set TIKTOKEN_CACHE_DIR to "
             "a folder where tiktoken has cached it, or run: pip install --no-deps openai-whisper"
         ) from None
+
+
+def _in_tiktokens_cache() -> bool:
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    keys = [hashlib.sha1((GPT2_URL + name).encode()).hexdigest() for name in GPT2_FILES]
+    return all(os.path.exists(os.path.join(folder, key)) for key in keys)
 
 
 def _read_vocabulary(vocab_path: Path, merges_path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
@@ -309,9 +318,9 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _get(url: str) -> bytes:
+def _get(url: str, size: int = -1) -> bytes:
     with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
-        return answer.read()
+        return answer.read(size)
 
 
 def _within(seconds: "float | None", call):
@@ -335,5 +344,8 @@ def _within(seconds: "float | None", call):
 
 
 def _in_a_line(error: BaseException) -> str:
-    text = str(getattr(error, "reason", "") if isinstance(error, urllib.error.URLError) else error)
-    return " ".join(text.split()) or type(error).__name__
+    """The innermost error's own words: urllib and requests put theirs around it, and requests 500 characters."""
+    while isinstance(inner := getattr(error, "reason", None) or next(iter(error.args), None), BaseException):
+        error = inner
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,7 +1,9 @@
 """The README runner on small READMEs that must pass, must fail and must skip, each for the right reason."""
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -75,7 +77,6 @@ PASS = {
     "a marker that is only quoted": "Write `<!-- Tripy: XFAIL Start -->`\n" + bash("true"),
     "this python": bash(f"python -c 'import sys; sys.exit(sys.prefix != \"{sys.prefix}\")'", "pip --version"),
     "the readme's folder": bash("test -f README.md"),
-    "a daemon holds nothing up": bash("setsid sleep 30 & echo on") + text("on"),
     "standard input is empty": bash("test -z \"$(cat)\""),
     "nothing of pytest": bash('test -z "$PYTEST_CURRENT_TEST$PYTHONPATH"'),
 }  # fmt: skip
@@ -100,11 +101,11 @@ FAIL = {
     "must fail and passes": (XFAIL[0] + bash("true") + XFAIL[1], "^marked XFAIL, and it passes"),
     "must fail, of a missing command": (XFAIL[0] + bash("no-such-command") + XFAIL[1], "^marked XFAIL, but .* 127"),
     "must fail with other output": (XFAIL[0] + bash("echo no; false") + text("yes") + XFAIL[1], "^stdout is not"),
-    "too slow": (bash("sleep 60"), "^still running after 0.5 s"),
+    "too slow": (bash("sleep 600"), "^still running after 0.5 s"),
     "must fail, and is killed": (XFAIL[0] + bash("kill -9 $$") + XFAIL[1], "^marked XFAIL, but exit status -9"),
     "must fail, and is no shell": (XFAIL[0] + bash("if then") + XFAIL[1], "^marked XFAIL, but .* the shell's own"),
     "must fail, and cannot go there": (XFAIL[0] + bash("cd nowhere") + XFAIL[1], "^marked XFAIL, but .* shell's own"),
-    "must fail and is too slow": (XFAIL[0] + bash("sleep 60") + XFAIL[1], "^still running after 0.5 s"),
+    "must fail and is too slow": (XFAIL[0] + bash("sleep 600") + XFAIL[1], "^still running after 0.5 s"),
     "unknown marker": ("<!-- Tripy: XFIAL Start -->\n" + bash("true"), "^unknown marker 'XFIAL'"),
     "unknown kind of marker": ("<!-- Tripy: DOC: OMIT Start -->\n" + bash("true"), "^unknown marker 'Tripy: DOC"),
     "marker without a colon": ("<!-- Tripy XFAIL Start -->\n" + bash("false"), "^unknown marker"),
@@ -166,7 +167,8 @@ def test_passes(tmp_path, markdown):
 
 @pytest.mark.parametrize(("markdown", "reason"), FAIL.values(), ids=FAIL)
 def test_fails_for_its_reason(tmp_path, markdown, reason):
-    failed = [why for _, outcome, why in outcomes(tmp_path, markdown, limit_s=0.5) if outcome == "failed"]
+    limit_s = 0.5 if "sleep 600" in markdown else readme.LIMIT_S
+    failed = [why for _, outcome, why in outcomes(tmp_path, markdown, limit_s=limit_s) if outcome == "failed"]
     assert failed
     assert re.search(reason, failed[0]), failed
 
@@ -211,30 +213,81 @@ def test_a_block_that_needs_a_failed_one_fails_by_its_line(tmp_path):
     assert failed[1] == (5, "failed", "the block above, line 1, failed")
 
 
+# says, when it is asked to end, that it was still there
+STAYS = "(trap 'touch was-there; exit' TERM; touch ready; while :; do sleep 0.1; done) & echo $! > pid"
+STAYS = bash(STAYS, "until test -f ready; do sleep 0.1; done")
+
+
+def is_gone(tmp_path):
+    """Whether the process of STAYS was ended before it was asked to."""
+    pid = int((tmp_path / "pid").read_text(encoding="utf-8"))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + 120
+        while state := subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True).stdout.strip():
+            if state.startswith(b"Z"):  # nobody has asked yet how it ended
+                break
+            assert time.monotonic() < until, "it neither was gone nor goes"
+            time.sleep(0.01)
+    return not (tmp_path / "was-there").exists()
+
+
 def test_what_a_block_left_running_is_gone_afterwards(tmp_path):
-    assert outcomes(tmp_path, bash("(sleep 1; touch late) &")) == [(1, "passed", "")]
-    time.sleep(2)
-    assert not (tmp_path / "late").exists()
+    assert outcomes(tmp_path, STAYS) == [(1, "passed", "")]
+    assert is_gone(tmp_path)
 
 
-def test_minutes_have_a_limit_of_their_own(tmp_path):
-    markdown = "<!-- Needs: minutes -->\n" + bash("sleep 1")
-    assert outcomes(tmp_path, markdown, slow=True, limit_s=0.2) == [(2, "passed", "")]
+def test_a_block_that_is_too_slow_is_gone_afterwards(tmp_path, monkeypatch):
+    """Its time is up as soon as its process stays."""
+    wait = subprocess.Popen.wait
+
+    def wait_until_ready(shell, timeout=None):
+        if timeout is None:
+            return wait(shell)
+        while not (tmp_path / "ready").exists():
+            assert shell.poll() is None
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(shell.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_until_ready)
+    markdown = STAYS.replace("done\n```", "done; sleep 600\n```")
+    [(_, outcome, why)] = outcomes(tmp_path, markdown, limit_s=7)
+    assert outcome == "failed" and why.startswith("still running after 7 s\n")
+    monkeypatch.undo()
+    assert is_gone(tmp_path)
+
+
+def test_a_daemon_holds_nothing_up(tmp_path):
+    """It has a session of its own, and this block's stdout, as long as it lives."""
+    markdown = bash("setsid sleep 600 & echo $! > pid; echo on") + text("on")
+    assert [outcome for _, outcome, _ in outcomes(tmp_path, markdown)] == ["passed"]
+    os.kill(int((tmp_path / "pid").read_text(encoding="utf-8")), signal.SIGKILL)
+
+
+def test_minutes_have_a_limit_of_their_own(tmp_path, monkeypatch):
+    waits = []
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", lambda shell, timeout=None: waits.append(timeout) or wait(shell))
+    markdown = "<!-- Needs: minutes -->\n" + bash("true") + bash("true")
+    outcomes(tmp_path, markdown, slow=True, limit_s=7)
+    assert [seconds for seconds in waits if seconds] == [readme.SLOW_LIMIT_S, 7]
+    assert readme.SLOW_LIMIT_S >= 3600
 
 
 def test_dots_on_many_lines_do_not_take_for_ever(tmp_path):
+    """Two seconds at most; an attempt with every set of line ends would take years."""
     markdown = bash("seq 2000") + text(*["..."] * 20, "never")
-    start = time.perf_counter()
-    assert outcomes(tmp_path, markdown)[0][1] == "failed"
-    assert time.perf_counter() - start < 5
 
+    def stop(*_):
+        raise TimeoutError("the lines are compared for over a minute")
 
-def test_a_block_that_is_too_slow_is_gone_afterwards(tmp_path):
-    start = time.perf_counter()
-    outcomes(tmp_path, bash("(sleep 3; touch late) & sleep 60"), limit_s=0.5)
-    assert time.perf_counter() - start < 2.5
-    time.sleep(3)
-    assert not (tmp_path / "late").exists()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    try:
+        assert outcomes(tmp_path, markdown)[0][1] == "failed"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_every_need_can_be_asked_on_any_machine(monkeypatch):
