@@ -9,7 +9,6 @@ import pytest
 import torch
 from examples import EXAMPLES
 from parity import NANO
-from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
@@ -45,30 +44,6 @@ def a_header_of_16_exabytes(folder, executed):
     (folder / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f{}")
 
 
-def change(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def without_a_tensor(folder, executed):
-    change(folder, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("h.1.ln_1.weight"))))
-
-
-def with_another_shape(folder, executed):
-    def edit(tensors):
-        name = next(name for name in tensors if name.endswith("wpe.weight"))
-        tensors[name] = tensors[name][:-1].clone()
-
-    change(folder, edit)
-
-
-def an_index_out_of_the_folder(folder, executed):
-    shutil.move(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
-    names = dict.fromkeys(load_file(folder.parent / "elsewhere.safetensors"), "../elsewhere.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
-
-
 def a_config_a_million_deep(folder, executed):
     (folder / "config.json").write_text("[" * 1_000_000, encoding="utf-8")
 
@@ -85,9 +60,6 @@ HOSTILE = [
     half_a_file,
     an_empty_file,
     a_header_of_16_exabytes,
-    without_a_tensor,
-    with_another_shape,
-    an_index_out_of_the_folder,
     a_config_a_million_deep,
     a_config_of_huge_numbers,
 ]
@@ -105,24 +77,18 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(project, spoil, served, tmp_
     assert not executed.exists() and answer.dump is None
 
 
-def weights_that_are_no_numbers(folder):
-    change(
-        folder, lambda tensors: tensors[next(name for name in tensors if name.endswith("ln_f.weight"))].fill_(torch.nan)
-    )
-
-
 def tokens_that_the_tokenizer_lacks(folder):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=5000, n_positions=64, n_layer=1, n_head=2, n_embd=32)
     GPT2LMHeadModel(config).save_pretrained(folder)  # the tokenizer has 1,408
 
 
-@pytest.mark.parametrize("spoil", [weights_that_are_no_numbers, tokens_that_the_tokenizer_lacks])
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_what_is_found_late_is_told_in_one_line_too(project, spoil, served, tmp_path):
+def test_tokens_that_the_tokenizer_lacks_are_named(project, served, tmp_path):
+    """Found late: at the first such token."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(NANO, folder)
-    spoil(folder)
+    tokens_that_the_tokenizer_lacks(folder)
     settings = {"prompt": "To be", "new_tokens": 30, "temperature": 1, "top_k": 5000}
     answer = served(project).ask(model=folder, **settings)
     assert answer.status == 2 and answer.stderr.count("\n") == 1 and answer.dump is None, answer.stderr
