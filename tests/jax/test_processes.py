@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import MESH_RUN, SCRIPT, TINY, environment, losses_of, same, start, state, wait_until
+from runs import MESH_RUN, SCRIPT, TINY, environment, losses_of, start, state, wait_until
 
 from jax_nanogpt.train import Config, draw_starts
 
