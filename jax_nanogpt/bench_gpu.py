@@ -118,6 +118,12 @@ def compare(work, config, batch, tokens, ours, peer, theirs):
     return row, line
 
 
+def arithmetic(config, params, tokens_per_s, peak):
+    """For a training row: the model's TFLOP/s, and their part of the device's peak if that is known."""
+    tflops = flops_per_token(config, params) * tokens_per_s / 1e12
+    return {"tflops": round(tflops, 3), "mfu": peak and round(tflops / peak, 4)}
+
+
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,7 +146,8 @@ def main(argv=None):
     peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device.device_kind), None)
     layers, heads, width = (SHAPES | TINY)[args.shape]
     shape = {"block_size": args.block_size, "n_layer": layers, "n_head": heads, "n_embd": width}
-    config = GPTConfig(**shape, bias=True, dtype="bfloat16")
+    vocabulary = {} if args.shape in SHAPES else {"vocab_size": 512}
+    config = GPTConfig(**shape, **vocabulary, bias=True, dtype="bfloat16")
     print(describe([device]), flush=True)
     size = args.iters, 1, args.batch, args.block_size + 1
     examples = np.random.default_rng(0).integers(config.vocab_size, size=size, dtype=np.int32)
@@ -159,9 +166,8 @@ def main(argv=None):
         "train", config, args.batch, tokens, trainer(config, examples), peer, peer and peer.trainer(examples)
     )
     params = init_params(config, jax.random.key(0))
-    tflops = flops_per_token(config, params) * row["tokens_per_s"] / 1e12
-    row |= {"parameters": count_params(params), "tflops": round(tflops, 3), "mfu": peak and round(tflops / peak, 4)}
-    show(row, f"{line}; {tflops:.1f} TFLOP/s" + (f", {tflops / peak:.1%} of {peak:g}" if peak else ""))
+    row |= {"parameters": count_params(params), **arithmetic(config, params, row["tokens_per_s"], peak)}
+    show(row, f"{line}; {row['tflops']:.1f} TFLOP/s" + (f", {row['mfu']:.1%} of {peak:g}" if peak else ""))
     params = jax.tree.map(lambda p: p.astype("bfloat16"), params)
     for samples in 1, 64:
         ours = partial(make_text, config, params, [0], args.new_tokens, samples, Sampling())

@@ -4,12 +4,14 @@ import os
 import platform
 import re
 import warnings
+from functools import cache
 from pathlib import Path
 
 import jax
 
 NAMES = ("auto", "cpu", "gpu", "tpu")
 LOST_S = 30  # without a sign of life, after which a process is given up
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def keep_compiled():
@@ -71,6 +73,19 @@ def leads():
     return jax.process_index() == 0
 
 
-def describe(devices):
+@cache
+def has_bfloat16():
+    """Whether this CPU multiplies bfloat16, and XLA may let it: --xla_cpu_max_isa names the best that it may use."""
+    words = CPUINFO.read_text(encoding="utf-8").split() if CPUINFO.exists() else ()
+    allowed = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    if allowed and not re.match("AVX512_BF16|AMX", allowed[-1], re.IGNORECASE):
+        return False
+    return "amx_bf16" in words or "avx512_bf16" in words
+
+
+def describe(devices, dtype="float32"):
+    """For the first line of output: the devices, JAX's version, and what is slower here than it may seem."""
     count = f"{len(devices)} x " if len(devices) > 1 else ""
-    return f"{count}{devices[0].device_kind}: jax {jax.__version__}"
+    plain = devices[0].platform == "cpu" and dtype == "bfloat16" and not has_bfloat16()
+    note = " (no bfloat16 instructions: plain path)" if plain else ""
+    return f"{count}{devices[0].device_kind}: jax {jax.__version__}{note}"

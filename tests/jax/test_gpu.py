@@ -1,6 +1,5 @@
-"""What an accelerator gets, as far as a CPU can tell: the programs, remat, the measuring script, the plan on paper."""
+"""What an accelerator gets, as far as a CPU can tell: the programs, remat, the plan on paper."""
 
-import json
 import re
 from dataclasses import replace
 from functools import partial
@@ -13,11 +12,10 @@ from jax._src.ad_checkpoint import saved_residuals
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractMesh, AxisType
 
-from jax_nanogpt import bench_gpu, plan, speed
 from jax_nanogpt import mesh as meshes
+from jax_nanogpt import plan, speed
 from jax_nanogpt.model import GPT, GPTConfig, init_params
-from jax_nanogpt.optimizer import make_optimizer
-from jax_nanogpt.train import Config, losses, train_iterations
+from jax_nanogpt.train import losses
 
 CONFIG = GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
 
@@ -67,38 +65,16 @@ def test_here_no_kernel_is_fused():
     assert not speed.fuses_attention(jnp.zeros((1, 1, 8, 64), jnp.bfloat16))
 
 
-def test_remat_learns_the_same_and_keeps_less_for_the_backward_pass(params):
-    settings, examples = Config(learning_rate=1e-3), np.random.default_rng(0).integers(65, size=(5, 1, 4, 65))
-    seen, kept = {}, {}
+def test_remat_has_the_same_gradients_and_keeps_less_for_the_backward_pass(params):
+    examples, found, kept = np.random.default_rng(0).integers(65, size=(4, 65)), {}, {}
     for remat in False, True:
-        model, optimizer = GPT(replace(CONFIG, remat=remat)), make_optimizer(settings)
-        state = jax.tree.map(jnp.copy, params), optimizer.init(params)
-        seen[remat] = train_iterations(model, optimizer, *state, examples, 0, 5, jax.random.key(1))[2]
-        loss = lambda p, model=model: losses(model, p, examples[0, 0], jax.random.key(1)).mean()  # noqa: E731
+        model = GPT(replace(CONFIG, remat=remat))
+        loss = lambda p, model=model: losses(model, p, examples, jax.random.key(1)).mean()  # noqa: E731
+        found[remat] = jax.jit(jax.value_and_grad(loss))(params)
         kept[remat] = sum(array.size for array, _ in saved_residuals(loss, params))
-    np.testing.assert_allclose(seen[True], seen[False], atol=1e-5)
+    for with_remat, without in zip(jax.tree.leaves(found[True]), jax.tree.leaves(found[False]), strict=True):
+        np.testing.assert_allclose(with_remat, without, atol=1e-6)
     assert kept[True] < 0.5 * kept[False]
-
-
-def test_the_measuring_script_runs_with_its_peer(capsys, monkeypatch):
-    pytest.importorskip("torch")
-    flags = ["--shape=tiny", "--batch=2", "--block_size=16", "--iters=2", "--new-tokens=4", "--peak=1", "--device=cpu"]
-    monkeypatch.setattr(bench_gpu, "PAIRS", 1)
-    monkeypatch.setattr("sys.argv", ["bench_gpu.py", *flags])
-    bench_gpu.main()
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    assert [row["work"] for row in results] == ["train", "sample", "sample_batch64"]
-    assert all(row["tokens_per_s"] > 0 and row["ratio"] > 0 and row["peer"]["tokens_per_s"] > 0 for row in results)
-    train = results[0]
-    assert train["mfu"] == pytest.approx(train["tflops"], abs=1e-3) and train["parameters"] > 3_000_000
-
-
-@pytest.mark.parametrize("flags", [["--new-tokens=1024"], ["--iters=0"], ["--device=abacus"]])
-def test_mistakes_in_measuring_end_in_one_line_and_status_2(flags, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["bench_gpu.py", *flags])
-    with pytest.raises(SystemExit) as caught:
-        bench_gpu.main()
-    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_plans_shares_are_those_of_the_real_arrays():

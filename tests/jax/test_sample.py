@@ -1,6 +1,5 @@
-"""sample.py and bench.py as commands: what they print, what they save, what they refuse."""
+"""sample.py as a command: what they print, what they save, what they refuse."""
 
-import json
 import os
 import resource
 import subprocess
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_nanogpt import bench, sample, weight_loader
+from jax_nanogpt import sample, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.model import GPT, GPTConfig, init_params
 from shared.tokenizer import Characters, find_model, load_tokenizer
@@ -166,22 +165,6 @@ def test_the_benchs_peer_is_the_same_model(bias):
     with torch.no_grad():
         theirs = bench_peer.TorchGPT(config).take(params).eval()(torch.tensor(tokens))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
-
-
-def test_bench_prints_one_json_document_last(monkeypatch, capsys):
-    pytest.importorskip("torch")
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--model=gpt2-nano", "--new-tokens=8"])
-    monkeypatch.setattr(bench, "PAIRS", 1)
-    bench.main()
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document["project"] == "jax_nanogpt"
-    rows = {row["work"]: row for row in document["results"]}
-    assert rows.keys() >= {"train", "sample", "sample_batch10", "sample_past_edge", "prefill", "decode"}
-    for row in rows.values():
-        assert row["tokens_per_s"] > 0 and row["peer"]["tokens_per_s"] > 0 and row["ratio"] > 0
-        assert row["compile_s"] >= 0 and row["peak_rss_mb"] > 100
-    assert 0 < rows["decode"]["mbu"] < 2
-    assert rows["prefill"]["ttft_ms"] > 0 and rows["decode"]["ttft_ms"] > 0
 
 
 KEEPS = """

@@ -1,0 +1,193 @@
+"""The formulas of bench.py and bench_gpu.py, by a clock that says what the test wants; and that both run, on toys."""
+
+import json
+from itertools import chain, cycle, repeat
+
+import jax
+import numpy as np
+import pytest
+
+from jax_nanogpt import bench, bench_gpu, weight_loader
+from jax_nanogpt.model import GPTConfig, count_params, init_params
+from jax_nanogpt.train import Config
+
+CONFIG = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A call that takes the given seconds, one after another, and then the last of them; it counts its calls."""
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def lasting(*seconds):
+        left = chain(seconds, repeat(seconds[-1]))
+
+        def call():
+            call.made += 1
+            now[0] += next(left)
+
+        call.made = 0
+        return call
+
+    return lasting
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.setattr(bench, "bandwidth", lambda: 1000.0)
+    return bench.Report(jax.devices("cpu")[0])
+
+
+def test_a_rate_counts_the_new_tokens_of_all_texts_and_takes_the_middle_of_the_rounds(clock, report):
+    ours = clock(9, 0.5, 4, 2, 1, 3, 2, 7)  # cold, for the memory, from the compilation cache; then the rounds
+    took = report.add("decode", "toy", CONFIG, 3, 5, 8, ours)
+    (row,) = report.results
+    assert took == 2 and ours.made == 3 + bench.PAIRS
+    assert row["tokens_per_s"] == 3 * 8 / 2
+    assert (row["compile_s"], row["compile_cached_s"]) == (9 - 2, 4 - 2)
+    assert row["ttft_ms"] is row["mbu"] is row["peer"] is row["ratio"] is None
+    assert (row["batch"], row["prompt_tokens"], row["new_tokens"]) == (3, 5, 8)
+
+
+def test_prefill_counts_the_prompts_tokens_and_its_time_is_that_to_the_first_token(clock, report):
+    report.add("prefill", "toy", CONFIG, 2, 6, 1, clock(0.5))
+    (row,) = report.results
+    assert row["tokens_per_s"] == 2 * 6 / 0.5 and row["ttft_ms"] == 500 and row["compile_s"] == 0
+
+
+def test_a_ratio_is_of_our_tokens_over_the_peers_in_one_round_and_above_1_where_we_are_faster(clock, report):
+    """Machines slow down together: both take 1, then 10 times as long, and the ratio is the same in each round."""
+    drift = 1, 1, 10, 10, 1
+    ours, same_batch = clock(1, 1, 1, *(2 * d for d in drift)), clock(1, *(6 * d for d in drift))
+    report.add("sample", "toy", CONFIG, 4, 1, 8, ours, [("peer", "torch", same_batch)])
+    one_text = clock(1, *(3 * d for d in drift))  # while ours are four
+    ours = clock(1, 1, 1, *(2 * d for d in drift))
+    peers = [("peer", "torch", one_text), ("peer_autocast", "torch bfloat16", clock(1, *(d for d in drift)))]
+    report.add("sample_batch4", "toy", CONFIG, 4, 1, 8, ours, peers, peer_batch=1)
+    first, second = report.results
+    assert first["ratio"] == 3 and first["peer"] == {"name": "torch", "tokens_per_s": round(4 * 8 / 6, 1)}
+    assert second["ratio"] == 4 * 3 / 2 and second["peer"]["tokens_per_s"] == round(8 / 3, 1)
+    assert second["ratio_autocast"] == 4 * 1 / 2 and second["peer_autocast"]["name"] == "torch bfloat16"
+
+
+def test_mbu_is_the_bytes_of_the_steps_over_what_memory_could_read_meanwhile(clock, report, monkeypatch):
+    report.add("decode", "toy", CONFIG, 3, 5, 8, clock(2), read=100)
+    report.on_cpu = False  # an accelerator has another memory than the one that was measured
+    report.add("decode", "toy", CONFIG, 3, 5, 8, clock(2), read=100)
+    on_cpu, elsewhere = report.results
+    assert on_cpu["mbu"] == 8 * 100 / (2 * 1000)  # eight steps, each for all three texts
+    assert elsewhere["mbu"] is None
+
+
+def test_a_step_reads_each_weight_once_and_each_texts_keys_and_values():
+    """By transformers' arrays: all but the position embeddings, and a cache of as many positions."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    c = CONFIG
+    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, **shape)
+    model = transformers.GPT2LMHeadModel(config)
+    weights = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
+    for batch, positions in (1, 1), (3, 7):
+        cache = model(torch.zeros((batch, positions), dtype=torch.long)).past_key_values
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert bench.step_bytes(c, init_params(c, jax.random.key(0)), batch, positions) == weights + held
+
+
+def toy_clock(call):
+    """Half a second, whatever was to be timed: it is not run."""
+    return 0.5
+
+
+def test_bench_prints_one_json_document_last(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("torch")
+    weight_loader.save(tmp_path, CONFIG, init_params(CONFIG, jax.random.key(0)))
+    settings = Config(iters_per_call=2, batch_size=3, block_size=8)
+    exact = GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=2, n_embd=16, bias=False, dropout=0.1)
+    toy = settings, exact, np.zeros((2, 1, 3, 9), np.int32)
+    monkeypatch.setattr(bench, "shakespeare", lambda: toy)
+    monkeypatch.setattr(bench, "seconds", toy_clock)
+    bench.main([f"--model={tmp_path}", "--new-tokens=4"])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["project"] == "jax_nanogpt"
+    rows = {row["work"]: row for row in document["results"]}
+    rates = {
+        "train": 2 * 3 * 8,
+        "train_bfloat16": 2 * 3 * 8,
+        "sample": 7,
+        "sample_batch10": 10 * 7,
+        "sample_past_edge": 64,
+        "prefill": 16,
+        "decode": 4,
+    }
+    assert {work: row["tokens_per_s"] for work, row in rows.items()} == {work: n / 0.5 for work, n in rates.items()}
+    assert {work: row["ratio"] for work, row in rows.items()} == dict.fromkeys(rates, 1) | {"sample_batch10": 10}
+    assert rows["train"]["ms_per_iteration"] == 250 and rows["train"]["ratio_autocast"] == 1
+    read = bench.step_bytes(CONFIG, init_params(CONFIG, jax.random.key(0)), 1, 16 + 4 / 2)
+    assert rows["decode"]["mbu"] == pytest.approx(read * 4 / 0.5 / (2**28 / 0.5), abs=5e-4)
+    assert rows["prefill"]["ttft_ms"] == rows["decode"]["ttft_ms"] == 500
+
+
+def test_the_time_to_the_first_token_of_decoding_is_measured_alone(monkeypatch, report):
+    """The middle of calls that make one token after the same prompt."""
+    made, times = [], cycle([0.3, 0.1, 0.2])
+
+    def record(config, params, ids, count, **settings):
+        made.append((len(ids), count))
+
+    def seconds(call):
+        call()
+        return next(times)
+
+    monkeypatch.setattr(bench, "make_text", record)
+    monkeypatch.setattr(bench, "seconds", seconds)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    bench.bench_gpt2(report, "toy", None, CONFIG, init_params(CONFIG, jax.random.key(0)), 4)
+    assert report.results[-1]["ttft_ms"] == pytest.approx(200)
+    assert made[-bench.PAIRS :] == [(16, 1)] * bench.PAIRS and (16, 4) in made
+
+
+# --- on a GPU
+
+
+def test_the_gpu_rows_rate_and_ratio(clock):
+    ours, theirs = clock(9, 1, 2, 1, 3, 2, 7), clock(1, 8, 4, 12, 8, 28)
+    peer = type("Peer", (), {"name": "torch"})
+    row, line = bench_gpu.compare("train", CONFIG, 4, 640, ours, peer, theirs)
+    assert row["tokens_per_s"] == 640 / 2 and row["peer"]["tokens_per_s"] == 640 / 8
+    assert row["ratio"] == 4 and row["compile_s"] == 7
+    alone, _ = bench_gpu.compare("train", CONFIG, 4, 640, clock(2), None, None)
+    assert alone["tokens_per_s"] == 320 and alone["peer"] is None and alone["ratio"] is None
+
+
+def test_mfu_is_the_models_arithmetic_over_the_devices_peak():
+    """PaLM's formula, appendix B: 6 N + 12 L H Q T for a token."""
+    params = init_params(CONFIG, jax.random.key(0))
+    multiplied = count_params(params) - CONFIG.block_size * CONFIG.n_embd
+    attention = 12 * CONFIG.n_layer * CONFIG.n_head * (CONFIG.n_embd // CONFIG.n_head) * CONFIG.block_size
+    flops = (6 * multiplied + attention) * 1e9
+    found = bench_gpu.arithmetic(CONFIG, params, 1e9, 100)
+    assert found == {"tflops": round(flops / 1e12, 3), "mfu": round(flops / 1e14, 4)}
+    assert bench_gpu.arithmetic(CONFIG, params, 1e9, None)["mfu"] is None
+
+
+def test_the_measuring_script_runs_with_its_peer(capsys, monkeypatch):
+    pytest.importorskip("torch")
+    flags = ["--shape=tiny", "--batch=2", "--block_size=16", "--iters=3", "--new-tokens=4", "--peak=1e-4"]
+    monkeypatch.setattr(bench_gpu, "seconds", toy_clock)
+    bench_gpu.main([*flags, "--device=cpu"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    rates = {"train": 3 * 2 * 16, "sample": 4, "sample_batch64": 64 * 4}
+    assert {row["work"]: row["tokens_per_s"] for row in results} == {work: n / 0.5 for work, n in rates.items()}
+    assert all(row["ratio"] == 1 and row["peer"]["name"].startswith("transformers") for row in results)
+    config = GPTConfig(block_size=16, vocab_size=512, n_layer=2, n_head=2, n_embd=64)
+    params = init_params(config, jax.random.key(0))
+    assert results[0]["parameters"] == count_params(params)
+    assert results[0]["mfu"] == bench_gpu.arithmetic(config, params, 3 * 2 * 16 / 0.5, 1e-4)["mfu"] > 0
+
+
+@pytest.mark.parametrize("flags", [["--new-tokens=1024"], ["--iters=0"], ["--device=abacus"]])
+def test_mistakes_in_measuring_end_in_one_line_and_status_2(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        bench_gpu.main(flags)
+    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,113 @@
+"""device.py: what this CPU can do, what the first line says of it, and where compiled programs are kept."""
+
+import os
+import warnings
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jax_nanogpt import device
+
+CPU, GPU = (SimpleNamespace(platform=platform, device_kind=platform) for platform in ("cpu", "gpu"))
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """machine(flags of the CPU, XLA_FLAGS): what device.py sees from then on."""
+
+    def set_up(instructions, xla_flags=""):
+        (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags : fpu sse2 {instructions}\n", encoding="utf-8")
+        monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setenv("XLA_FLAGS", xla_flags)
+        device.has_bfloat16.cache_clear()
+
+    yield set_up
+    device.has_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("instructions", "xla_flags", "expected"),
+    [
+        ("avx2 avx512f avx512_bf16", "", True),
+        ("avx2 avx512f amx_bf16", "", True),
+        ("avx2 avx512f avx512_vnni", "", False),
+        ("avx2", "", False),
+        ("avx512_bf16 amx_bf16", "--xla_cpu_max_isa=AVX2", False),
+        ("avx512_bf16 amx_bf16", "--xla_cpu_max_isa=AVX512", False),
+        ("avx512_bf16 amx_bf16", "--xla_dump_to=x --xla_cpu_max_isa=AVX512_BF16", True),
+        ("avx512_bf16 amx_bf16", "--xla_cpu_max_isa=amx", True),
+        ("avx512_bf16", "--xla_cpu_max_isa=AMX --xla_cpu_max_isa=AVX2", False),  # the last one counts
+        ("avx2", "--xla_cpu_max_isa=AMX", False),  # a limit, and no promise
+    ],
+)
+def test_bfloat16_is_what_the_cpu_has_and_xla_may_use(instructions, xla_flags, expected, machine):
+    machine(instructions, xla_flags)
+    assert device.has_bfloat16() == expected
+
+
+def test_a_machine_without_cpuinfo_has_none(machine, tmp_path):
+    machine("avx512_bf16")
+    (tmp_path / "cpuinfo").unlink()
+    assert not device.has_bfloat16()
+
+
+def test_the_first_line_says_where_bfloat16_takes_the_plain_path(machine):
+    machine("avx2")
+    jax_version = f"jax {jax.__version__}"
+    assert device.describe([CPU], "bfloat16") == f"cpu: {jax_version} (no bfloat16 instructions: plain path)"
+    assert device.describe([CPU] * 2) == device.describe([CPU] * 2, "float32") == f"2 x cpu: {jax_version}"
+    assert device.describe([GPU], "bfloat16") == f"gpu: {jax_version}"
+    machine("avx512_bf16")
+    assert device.describe([CPU], "bfloat16") == f"cpu: {jax_version}"
+
+
+def test_a_device_that_is_not_there_is_an_error_and_no_cpu_run():
+    with pytest.raises(ValueError, match="^device is gpu, but JAX finds only: cpu$"):
+        device.choose_devices("gpu")
+    with pytest.raises(ValueError, match="^device is cuda, one of auto, cpu, gpu, tpu is expected$"):
+        device.choose_devices("cuda")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """keep_compiled's settings, which are the process's: as they were, afterwards."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    yield monkeypatch
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_by_machine_unless_jaxs_own_variable_says_where(compiled, tmp_path):
+    compiled.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    compiled.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    device.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == before and not list(tmp_path.iterdir())
+    compiled.delenv("JAX_COMPILATION_CACHE_DIR")
+    for host in "one", "other":
+        compiled.setattr(device.platform, "node", lambda host=host: host)
+        device.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jax_nanogpt" / host)
+
+
+def test_a_home_that_cannot_be_written_is_no_matter(compiled, tmp_path):
+    (tmp_path / "file").touch()
+    compiled.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compiled.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir
+    device.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_damaged_program_is_removed_without_a_warning_and_other_warnings_are_shown(compiled, tmp_path):
+    shown = []
+    compiled.setattr(warnings, "showwarning", lambda message, *rest, **more: shown.append(str(message)))
+    for name in "jit_f-123-cache", "jit_g-123-cache":
+        (tmp_path / name).touch()
+    device.forget_damaged(tmp_path)
+    warnings.showwarning("Error reading persistent compilation cache entry for 'jit_f': damaged", UserWarning, "", 1)
+    warnings.showwarning("another", UserWarning, "", 1)
+    assert shown == ["another"] and os.listdir(tmp_path) == ["jit_g-123-cache"]
