@@ -17,6 +17,8 @@ import standin
 
 from neuron_nanogpt import compiler, run_model, weight_loader
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 LETTERS = string.ascii_letters + string.digits
 
 
