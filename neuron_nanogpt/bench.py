@@ -30,8 +30,9 @@ import torch
 from safetensors.torch import save_file
 
 from neuron_nanogpt import compiler, weight_loader
+from neuron_nanogpt.compiler import DTYPES
 from neuron_nanogpt.model import GPT, GPTConfig, count_params
-from neuron_nanogpt.run_model import DTYPES, SEQ_LEN, Cached, Window, choose_buckets, generate
+from neuron_nanogpt.run_model import SEQ_LEN, Cached, Window, choose_buckets, generate
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 
@@ -121,7 +122,7 @@ class Peer:
 class Report:
     def __init__(self, engine, name):
         self.engine, self.name, self.bandwidth, self.results = engine, name, bandwidth(), []
-        print(f"{name} on {engine.describe()}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
+        print(f"{name} on {engine.describe(*DTYPES)}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
 
     def add(self, work, rows, new, ours, peer, peer_name, dtype="float32", compile_s=None, ttft_ms=None, read=0):
         """ours and peer make `new` tokens (where that is 1: read the prompts) for each of rows, after one call apart.
@@ -223,7 +224,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         if args.new_tokens < 2:
-            raise ValueError(f"new_tokens is {args.new_tokens}, 2 or more is expected")
+            raise ValueError(f"new_tokens must be 2 or more, got {args.new_tokens}")
         engine = compiler.choose(args.device, args.target, [])
         if args.random:
             name, folder = f"{args.random}-random", Path(scratch)
@@ -232,7 +233,7 @@ def main(argv=None):
             name, folder, _ = find_model(args.model)
         most = weight_loader.read_config(folder).block_size - PROMPT
         if args.new_tokens > most:
-            raise ValueError(f"new_tokens is {args.new_tokens}, at most {most} fit behind {PROMPT} tokens")
+            raise ValueError(f"new_tokens must be at most {most} after a {PROMPT}-token prompt, got {args.new_tokens}")
         folder = folder.resolve()
         with chdir(scratch):
             report = Report(engine, name)

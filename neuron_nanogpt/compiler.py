@@ -18,6 +18,7 @@ import torch
 
 from neuron_nanogpt import kernels, model
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGETS = ("trn1", "trn2", "inf2")
 DRIVER = Path("/dev/neuron0")
 INDEX = "https://pip.repos.neuron.amazonaws.com"
@@ -47,12 +48,17 @@ class CPU:
 
     def __init__(self, missing):
         self.missing = missing
+        self.plain = [name for name, dtype in DTYPES.items() if not kernels.can_pack(dtype)]
 
-    def describe(self):
-        return f"cpu: {self.software}" + (f", {self.missing}" if self.missing else "")
+    def describe(self, *dtypes):
+        parts = [f"cpu: {self.software}"] + ([self.missing] if self.missing else [])
+        if plain := [dtype for dtype in dtypes if dtype in self.plain]:
+            parts.append(f"{' and '.join(plain)} by PyTorch's plain kernels")
+        return ", ".join(parts)
 
     def about(self):
-        return {"device": "cpu", "target": None, "compiler_args": [], "versions": {"torch": torch.__version__}}
+        about = {"device": "cpu", "target": None, "compiler_args": [], "plain_kernels": self.plain}
+        return about | {"versions": {"torch": torch.__version__}}
 
     def prepare(self, gpt):
         return kernels.prepare(gpt)
@@ -85,7 +91,7 @@ class Neuron:
         self.versions = {name: version(name) for name in ("torch", "torch-neuronx", "neuronx-cc")}
         self.software = f"torch-neuronx {self.versions['torch-neuronx']}"
 
-    def describe(self):
+    def describe(self, *dtypes):
         return f"neuron ({self.target}): {self.software}"
 
     def about(self):
@@ -199,9 +205,9 @@ def difference(given, wanted):
 
 
 def hash_code(kind):
-    """Of what the graph's operations come from."""
-    texts = inspect.getsource(kind), inspect.getsource(model), inspect.getsource(kernels)
-    return hashlib.sha256("".join(texts).encode()).hexdigest()
+    """SHA-256 of the source that the graph's operations come from: the module's classes, the model and the kernels."""
+    sources = [part for part in kind.__mro__ if part.__module__ == kind.__module__] + [model, kernels]
+    return hashlib.sha256("".join(map(inspect.getsource, sources)).encode()).hexdigest()
 
 
 def write_files(contents):

@@ -1,14 +1,15 @@
-"""What a CPU does in another way than a NeuronCore: two kernels, and the layout of the weights that they read.
+"""CPU-specific kernels: two that replace the model's, and the layout of the weights that they read.
 
 PyTorch's product of one row and a float32 matrix reads the weights at a third of the speed that the memory has (MKL, on
-an AMD EPYC). oneDNN's, which torch.compile takes too, is three times as fast, if the weights lie in its own layout.
+an AMD EPYC). oneDNN's, which torch.compile uses too, is three times as fast with the weights packed in its own layout.
+It needs AVX-512 or better for bfloat16; where oneDNN cannot, PyTorch's plain product stays.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ROWS = 16  # that the layout is made for: for 1, oneDNN 3.x chooses one that is slower, by a third, even for 1
+ROWS = 16  # to pack for: for 1, oneDNN 3.x chooses a layout that is slower, by a third, even for 1
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -16,6 +17,22 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
 
 
 linear = torch.jit.script(_linear) if torch.backends.mkldnn.is_available() else None
+
+
+def pack(weight):
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+
+
+def can_pack(dtype):
+    """Whether oneDNN multiplies packed weights of this dtype on this CPU: by its own answer, and by a trial."""
+    bf16_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # not in every PyTorch
+    if not linear or dtype == torch.bfloat16 and not bf16_supported():
+        return False
+    try:
+        linear(torch.zeros(1, 32, dtype=dtype), pack(torch.zeros(32, 32, dtype=dtype)), None)
+    except RuntimeError:  # oneDNN has no such kernel for this CPU
+        return False
+    return True
 
 
 @torch.jit.script
@@ -36,11 +53,11 @@ def attend(
 
 
 def prepare(gpt):
-    """Give a model the CPU's kernels, each packed weight in the place of the plain one."""
+    """Give a model the CPU's kernels; each packed weight replaces the plain one."""
+    packs = can_pack(gpt.wpe.weight.dtype)
     for module in gpt.modules():
-        if isinstance(module, nn.Linear) and linear:
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS)
-            module.weight = nn.Parameter(packed, requires_grad=False)
+        if isinstance(module, nn.Linear) and packs:
+            module.weight = nn.Parameter(pack(module.weight.detach()), requires_grad=False)
     for block in gpt.h:
         block.attn.attend = attend
     return gpt

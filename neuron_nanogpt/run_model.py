@@ -23,13 +23,13 @@ import torch
 import torch.nn as nn
 
 from neuron_nanogpt import compiler, weight_loader
+from neuron_nanogpt.compiler import DTYPES
 from neuron_nanogpt.model import count_params
 from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import Stream, find_model, load_tokenizer
 
 BATCH = 1
 SEQ_LEN = 128
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIMITS = {"float32": 1e-3, "bfloat16": 3e-2}  # of logits, relative to the largest: what --verify takes as expected
 
 
@@ -242,18 +242,27 @@ def check(args):
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     for name in ("max_new_tokens", "batch", "cores"):
         if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
+            raise ValueError(f"{name} must be 1 or more, got {getattr(args, name)}")
     if args.batch > 2**16:
-        raise ValueError(f"batch is {args.batch}, at most {2**16} is expected")
+        raise ValueError(f"batch must be at most {2**16}, got {args.batch}")
     if args.cores > 1 and not args.window:
         raise ValueError(
-            f"cores is {args.cores}, with a cache 1 is expected: start a process for each core, with "
-            "NEURON_RT_VISIBLE_CORES, or say --window"
+            f"cores must be 1 with a KV cache, got {args.cores}: start a process for each core, with "
+            "NEURON_RT_VISIBLE_CORES, or use --window"
         )
     if args.batch % args.cores:
-        raise ValueError(f"batch is {args.batch}, a multiple of cores ({args.cores}) is expected")
+        raise ValueError(f"batch must be a multiple of cores ({args.cores}), got {args.batch}")
     if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
-        raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
+        raise ValueError(f"dump must be a file in an existing folder, got {args.dump}")
+
+
+def encode(tokenizer, text, vocab_size):
+    ids = tokenizer.encode(text) or [tokenizer.eot]
+    if ids == [None]:
+        raise ValueError("prompt must not be empty: this model has no <|endoftext|>")
+    if max(ids) >= vocab_size:
+        raise ValueError(f"prompt must have token ids below the model's vocab_size ({vocab_size}), got {max(ids)}")
+    return ids
 
 
 def choose_buckets(given, block_size):
@@ -261,18 +270,18 @@ def choose_buckets(given, block_size):
     if given is None:
         lengths = [SEQ_LEN << i for i in range(24) if SEQ_LEN << i < block_size]
     elif not all(part.isascii() and part.isdigit() for part in given.split(",")):
-        raise ValueError(f"buckets is {given!r}, whole numbers with commas between them are expected")
+        raise ValueError(f"buckets must be whole numbers separated by commas, got {given!r}")
     else:
         lengths = [int(part) for part in given.split(",")]
         if min(lengths) < 1 or max(lengths) > block_size:
-            raise ValueError(f"buckets is {given}, numbers from 1 to the context, {block_size}, are expected")
+            raise ValueError(f"buckets must be from 1 to the context ({block_size}), got {given}")
     return sorted({*lengths, block_size})
 
 
 def choose_width(given, block_size):
     width = min(SEQ_LEN, block_size) if given is None else given
     if not 1 <= width <= block_size:
-        raise ValueError(f"seq_len is {given}, a number from 1 to the context, {block_size}, is expected")
+        raise ValueError(f"seq_len must be from 1 to the context ({block_size}), got {given}")
     return width
 
 
@@ -301,18 +310,17 @@ def main(argv=None):
     check(args)
     engine = compiler.choose(args.device, args.target, args.compiler_args.split())
     if args.cores > 1 and engine.name != "neuron":
-        raise ValueError(f"cores is {args.cores}, 1 is expected on the {engine.name}")
+        raise ValueError(f"cores must be 1 on the {engine.name}, got {args.cores}")
     found = find_model(args.model)
     tokenizer = load_tokenizer(found.folder)
     gpt = weight_loader.load(found.folder)
     facts = {"model": found.name, "weights": weight_loader.fingerprint(found.folder), "dtype": args.dtype}
     choose_buckets(args.buckets, gpt.config.block_size)
     width = choose_width(args.seq_len, gpt.config.block_size)
-    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
-    if prompt[0] is None:
-        raise ValueError("prompt is empty, and a model of characters has no <|endoftext|>: give it a character")
+    prompt = encode(tokenizer, args.prompt, gpt.config.vocab_size)
     why = "" if args.model else f"; {found.why}"
-    print(f"{found.name} ({count_params(gpt.config) / 1e6:.1f}M parameters) on {engine.describe()}{why}", flush=True)
+    params = f"{count_params(gpt.config) / 1e6:.1f}M parameters"
+    print(f"{found.name} ({params}) on {engine.describe(args.dtype)}{why}", flush=True)
     limit = width if args.window else gpt.config.block_size
     eager = Eager(gpt, prompt, limit, args.window, args.batch)
     gpt = engine.prepare(gpt.to(DTYPES[args.dtype]))

@@ -14,8 +14,9 @@ start_script(__name__)
 import torch
 
 from neuron_nanogpt import weight_loader
+from neuron_nanogpt.compiler import DTYPES
 from neuron_nanogpt.model import count_params
-from neuron_nanogpt.run_model import DTYPES
+from neuron_nanogpt.run_model import encode
 from shared.sampling import Sampler
 from shared.tokenizer import Stream, find_model, load_tokenizer
 
@@ -43,16 +44,14 @@ def main(argv=None):
     args = parse_arguments(argv)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {args.max_new_tokens}, 1 or more is expected")
+        raise ValueError(f"max_new_tokens must be 1 or more, got {args.max_new_tokens}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds none")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     found = find_model(args.model)
     tokenizer = load_tokenizer(found.folder)
     gpt = weight_loader.load(found.folder, DTYPES[args.dtype]).to(device)
-    ids = tokenizer.encode(args.prompt) or [tokenizer.eot]
-    if ids[0] is None:
-        raise ValueError("prompt is empty, and a model of characters has no <|endoftext|>: give it a character")
+    ids = encode(tokenizer, args.prompt, gpt.config.vocab_size)
     why = "" if args.model else f"; {found.why}"
     print(
         f"{found.name} ({count_params(gpt.config) / 1e6:.1f}M parameters) on {device}: torch {torch.__version__}{why}"

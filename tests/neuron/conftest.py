@@ -1,6 +1,8 @@
 """No test asks a hub. Random models are tiny, and every test has a folder of its own to leave graphs in."""
 
+import json
 import os
+import string
 import sys
 from pathlib import Path
 
@@ -13,7 +15,11 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))
 import standin
 
-from neuron_nanogpt import compiler, weight_loader
+from neuron_nanogpt import compiler, run_model, weight_loader
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+LETTERS = string.ascii_letters + string.digits
 
 
 def _random_checkpoint(folder, layers=2, heads=2, width=32, vocab=50, positions=16):
@@ -27,6 +33,8 @@ def _random_checkpoint(folder, layers=2, heads=2, width=32, vocab=50, positions=
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     reference.save_pretrained(folder)
+    if vocab <= len(LETTERS):
+        (folder / "meta.json").write_text(json.dumps({"chars": LETTERS[:vocab]}), encoding="utf-8")
     return reference
 
 
@@ -40,6 +48,29 @@ def tiny(tmp_path_factory):
     """(folder, transformers' model) of a random GPT-2 with 16 positions."""
     folder = tmp_path_factory.mktemp("tiny")
     return folder, _random_checkpoint(folder)
+
+
+@pytest.fixture(scope="session")
+def long(tmp_path_factory):
+    """The same with 140 positions."""
+    folder = tmp_path_factory.mktemp("long")
+    return folder, _random_checkpoint(folder, positions=140)
+
+
+@pytest.fixture
+def run(capsys):
+    """Calls a script's main: its exit status, stdout and stderr."""
+
+    def call(*flags, script=run_model):
+        try:
+            script.main(flags)
+            status = 0
+        except SystemExit as leaving:
+            status = leaving.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 What it refuses, the real one refuses or gets wrong: arguments by position, inputs that are no tensors, other shapes or
 dtypes than those traced, aliases of what is no parameter, control flow that depends on data. As there, the state is in
-`trace.states`, and move_trace_to_device puts other tensors in its place.
+`trace.states`, and move_trace_to_device puts other tensors in its place. Without --auto-cast=none float32 is rounded to
+bfloat16; without --enable-saturate-infinity a trn1's masks overflow.
 """
 
 import importlib.machinery
@@ -36,7 +37,7 @@ class Graph(nn.Module):
 
 
 class NeuronModule(nn.Module):
-    def __init__(self, graph, states, inputs, outputs: list[int], shown: int):
+    def __init__(self, graph, states, inputs, outputs: list[int], shown: int, options: list[str]):
         super().__init__()
         self.graph = graph
         self.states = nn.ParameterList(nn.Parameter(state.clone(), requires_grad=False) for state in states)
@@ -44,6 +45,8 @@ class NeuronModule(nn.Module):
         self.dtypes: list[int] = [number(tensor.dtype) for tensor in inputs]
         self.outputs: list[int] = outputs
         self.shown: int = shown
+        self.rounds: bool = "--auto-cast=none" not in options
+        self.overflows: bool = "--target=trn1" in options and "--enable-saturate-infinity" not in options
 
     def forward(self, first, second):
         tensors = [first, second]
@@ -55,6 +58,10 @@ class NeuronModule(nn.Module):
         out = self.graph(tensors)
         for i, state in enumerate(self.states):
             state.copy_(out[self.outputs[i]])
+        if self.rounds:
+            out = [tensor.to(torch.bfloat16).to(tensor.dtype) for tensor in out]
+        if self.overflows:
+            out = [tensor * float("nan") for tensor in out]
         return out[: self.shown]
 
 
@@ -123,7 +130,7 @@ def make(aliased_are_returned=False):
         module.traced.append(
             types.SimpleNamespace(kind=type(func).__name__, args=options, inline=inline_weights_to_neff, names=names)
         )
-        return torch.jit.script(NeuronModule(compiled, states, example_inputs, outputs, shown))
+        return torch.jit.script(NeuronModule(compiled, states, example_inputs, outputs, shown, options))
 
     def move_trace_to_device(trace, device_id):
         assert isinstance(device_id, int)

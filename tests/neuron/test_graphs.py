@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from neuron_nanogpt import compiler, kernels
+from neuron_nanogpt import compiler, kernels, model, run_model, weight_loader
 from neuron_nanogpt.run_model import Cached, NeuronStep, Window, choose_buckets, generate, padded
 from shared.sampling import Sampler
 
@@ -17,16 +16,15 @@ STEP = Path("gpt2_step_neuron.pt")
 FACTS = {"model": "tiny", "weights": "a hash", "dtype": "float32"}
 
 
-def make(gpt, batch=1, buckets="4,8,16", window=None, recompile=False, facts=FACTS):
+def make(gpt, batch=1, buckets=None, window=None, recompile=False, facts=FACTS):
     engine, told = compiler.CPU("no Neuron"), []
 
     def build(module, inputs, name, more, aliases=None):
         return compiler.build(engine, module, inputs, Path(name), facts | more, aliases, recompile, told.append)
 
     gpt = gpt if gpt.lm_head.weight.is_mkldnn else engine.prepare(gpt)
-    runner = (
-        Window(build, gpt, batch, window) if window else Cached(build, engine, gpt, batch, choose_buckets(buckets, 16))
-    )
+    buckets = choose_buckets(buckets, gpt.config.block_size)
+    runner = Window(build, gpt, batch, window) if window else Cached(build, engine, gpt, batch, buckets)
     return runner, told
 
 
@@ -60,6 +58,17 @@ def test_window_and_cache_agree_with_transformers_for_200_tokens(gpt, tiny):
     assert greedy(make(gpt, window=16, recompile=True)[0], [text], 200) == [expected]
 
 
+def test_logits_are_those_of_transformers_past_128_positions(long):
+    """Past the first bucket, and past the last."""
+    runner, rows = make(weight_loader.load(long[0]))[0], [torch.randint(50, (126,)).tolist()]
+    logits = np.concatenate([step for _, step in generate(runner, rows, 18, Sampler(temperature=1, seed=0))])
+    expected = long[1](torch.tensor([rows[0][:140]])).logits[0, 125:140].numpy()
+    np.testing.assert_allclose(logits[:15], expected, atol=1e-4, rtol=0)
+    for i, step in enumerate(logits[15:], 141):
+        np.testing.assert_allclose(step[None], crops(long[1], [rows[0][:i]], 140), atol=1e-4, rtol=0)
+    assert [*runner.prefills] == [128, 140]
+
+
 def test_a_short_window_is_the_crop_to_it(gpt, tiny):
     runner, _ = make(gpt, window=5)
     rows = [[7, 3]]
@@ -84,7 +93,7 @@ def test_a_new_text_owes_nothing_to_the_one_before(gpt):
 
 def test_the_smallest_bucket_that_holds_the_prompt_is_taken(gpt):
     for length, bucket in (1, 4), (4, 4), (5, 8), (9, 16), (16, 16), (40, 16):
-        runner, told = make(gpt, recompile=True)
+        runner, told = make(gpt, buckets="4,8,16", recompile=True)
         runner.logits([[1] * length])
         assert [line.split(":")[0] for line in told] == [str(STEP), f"gpt2_prefill_{bucket}_neuron.pt"]
 
@@ -99,14 +108,14 @@ def test_files_hold_no_weights_and_an_empty_cache(gpt):
     runner, _ = make(gpt)
     greedy(runner, [[1, 2]], 5)
     make(gpt)[0].logits([[1, 2]])
-    for path in STEP, Path("gpt2_prefill_4_neuron.pt"):
+    for path in STEP, Path("gpt2_prefill_16_neuron.pt"):
         for name, tensor in torch.jit.load(path).state_dict().items():
             assert not tensor.any(), name
             assert tensor.untyped_storage().nbytes() <= 4, name
 
 
 def test_all_graphs_share_the_weights_of_the_model(gpt):
-    runner, _ = make(gpt)
+    runner, _ = make(gpt, buckets="4,16")
     runner.logits([[1, 2]])
     runner.logits([[1] * 10])
     expected = gpt.wpe.weight.data_ptr()
@@ -153,10 +162,26 @@ def test_an_artifact_of_something_else_is_traced_again_and_says_why(change, why,
     assert "reused" in make(gpt, **{k: v for k, v in change.items() if k != "recompile"})[1][0]
 
 
-def test_a_change_of_the_model_code_is_noticed(gpt, monkeypatch):
-    make(gpt)
-    monkeypatch.setattr(compiler, "hash_code", lambda kind: "of a changed file")
-    assert make(gpt)[1][0].endswith("for the code changed")
+CHANGES = [
+    (model, 'approximate="tanh"', 'approximate="none"'),
+    (kernels, "ROWS = 16", "ROWS = 32"),
+    (run_model, "        return logits, *cache", "        return 2 * logits, *cache"),
+    (run_model, "        return logits, *made", "        return 2 * logits, *made"),
+    (run_model, "input_ids, length)[0]", "input_ids, length - 1)[0]"),  # of NeuronStep, Prefill's base
+]
+
+
+@pytest.mark.parametrize(("module", "right", "wrong"), CHANGES)
+def test_a_change_of_the_code_that_makes_a_graph_is_noticed(module, right, wrong, gpt, tmp_path, monkeypatch):
+    make(gpt)[0].logits([[1, 2]])
+    changed = tmp_path / "changed.py"
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    changed.write_text(text.replace(right, wrong), encoding="utf-8")
+    monkeypatch.setattr(module, "__file__", str(changed))
+    runner, told = make(gpt)
+    runner.logits([[1, 2]])
+    assert any(line.endswith("for the code changed") for line in told)
 
 
 def truncate():
@@ -184,6 +209,7 @@ def test_a_file_that_nobody_vouches_for_is_not_loaded(harm, gpt, monkeypatch):
     make(gpt)
     harm()
     monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(compiler.time, "sleep", lambda seconds: None)
     with pytest.raises(ValueError, match="delete it, or say --recompile") as caught:
         make(gpt)
     assert "\n" not in str(caught.value) and str(STEP) in str(caught.value)
@@ -191,12 +217,19 @@ def test_a_file_that_nobody_vouches_for_is_not_loaded(harm, gpt, monkeypatch):
 
 
 def test_a_run_waits_for_another_that_puts_its_files_in_place(gpt, monkeypatch):
-    """The graph is there already, and its description comes a moment later."""
+    """The graph is there already, and its description comes at the end of the third pause."""
     make(gpt)
-    described = STEP.with_suffix(".json").read_bytes()
+    described, pauses = STEP.with_suffix(".json").read_bytes(), []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            STEP.with_suffix(".json").write_bytes(described)
+
     STEP.with_suffix(".json").write_text("{}", encoding="utf-8")
-    threading.Timer(0.2, STEP.with_suffix(".json").write_bytes, [described]).start()
+    monkeypatch.setattr(compiler.time, "sleep", sleep)
     assert "reused" in make(gpt)[1][0]
+    assert len(pauses) == 3
 
 
 def test_recompile_replaces_a_foreign_file(gpt, tmp_path, monkeypatch):
