@@ -236,6 +236,14 @@ def test_the_dump_holds_what_was_printed(tmp_path, dtype, capsys, monkeypatch):
     assert [*tmp_path.iterdir()] == [dump]
 
 
+def test_the_flags_reach_the_sampler(tmp_path):
+    dump = tmp_path / "d.npz"
+    flags = ["--temperature=1.5", "--top-k=40", "--top-p=0.7", "--seed=3", "--ignore-eos", "--max-new-tokens=40"]
+    example.main(["--model=gpt2-nano", f"--dump={dump}", *flags])
+    saved, sampler = np.load(dump), Sampler(1.5, 40, 0.7, 3)
+    assert saved["tokens"].tolist() == [sampler(row) for row in saved["logits"]]
+
+
 def test_a_text_ends_at_the_contexts_end_with_a_line_that_says_so(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["example.py", "--model=gpt2-nano", "--max-new-tokens=500", "--ignore-eos"])
     example.main()
