@@ -136,6 +136,8 @@ def main(argv=None):
         print(f"{found.name} ({size / 1e6:.1f}M parameters) on {backend.describe(device, why)}{reason}", flush=True)
         model, export_s, compile_s = make(device, found.folder, args, ctx_len, args.dtype)
         print(f"exported in {export_s:.1f} s, compiled in {compile_s:.1f} s: {model.qpc_path}")
+        if device == "cpu" and model.session.casts_float16:
+            print("float16 is computed in float32: onnxruntime has no float16 kernels for this CPU")
         if args.verify:  # beside the CPU's float32, also where that is what ran
             exact, *_ = make("cpu", found.folder, args, ctx_len, "float32")
             verify(model, exact, device, prompts, args.dtype)

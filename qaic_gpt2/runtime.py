@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from qaic_gpt2.compiler import PROGRAM, SIDECAR, SPECIALIZATIONS
@@ -34,12 +35,19 @@ def read(folder):
     return program, weights
 
 
+def casts_float16(graph):
+    """Whether onnxruntime computes in float32 what is float16, as it does where it has no kernels for this CPU."""
+    half = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    return any(node.op_type == "Cast" and node.input[0] in half for node in graph.node)
+
+
 class Session:
     """program(ids, positions) -> logits; the cache is kept from call to call."""
 
     def __init__(self, folder):
         folder = Path(folder)
         program, self.weights = read(folder)
+        self.casts_float16 = casts_float16(onnx.load_from_string(program).graph)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = len(os.sched_getaffinity(0))

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import transformers
 import yaml
 from onnx import numpy_helper
 from onnxruntime.quantization import matmul_nbits_quantizer
@@ -107,6 +108,18 @@ def test_logits_are_transformers_at_every_position(tiny, reference, chunk, compi
         np.testing.assert_allclose(logits, expected[:, place], atol=1e-4)
 
 
+def test_layer_norms_of_a_tiny_variance_are_transformers(make_checkpoint, compiled):
+    """Of about 1e-5, their epsilon: with another one the logits would differ by a tenth and more."""
+
+    def shrink(name, parameter):
+        parameter *= 0.02 if name.endswith(("wte.weight", "wpe.weight")) else 0.002 if "c_proj" in name else 1
+
+    folder, ids = make_checkpoint(shrink, n_layer=1), [[5, 3, 9, 1, 4]]
+    expected = expected_logits(transformers.GPT2LMHeadModel.from_pretrained(folder).eval(), ids)[:, -1]
+    logits = compiled(folder).session.prefill(ids)
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_rows_of_unequal_lengths_are_what_they_are_alone(tiny, reference, compiled):
     rng, lengths = np.random.default_rng(1), (1, 9, 40, 4, 95)
     session = compiled(tiny, prefill_seq_len=8, ctx_len=96, batch_size=5).session
@@ -175,6 +188,32 @@ def test_blocks_are_what_onnxruntimes_quantizer_makes():
     np.testing.assert_allclose(scales, expected, rtol=1e-6)
     apart = next(a for a in theirs if a.dtype == np.uint8).reshape(blocks.shape).astype(int) - blocks
     assert np.abs(apart).max() <= 1 and (apart == 0).mean() > 0.999  # a rounding at one half
+
+
+@pytest.mark.parametrize("width", [256, 192, 96, 48])
+def test_int8_is_exact_integer_arithmetic_on_any_cpu(tmp_path, width):
+    """At its largest products, whose sums of two do not fit into 16 bits, in blocks of 128, 64, 32 and 16.
+
+    Instructions of AVX2 saturate there (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html);
+    onnxruntime's kernels for 8-bit blocks add such products apart.
+    """
+    rng, rows = np.random.default_rng(0), 12
+    weight = rng.choice([-1, 1], size=(rows, width)).astype(np.float32)
+    weight[: rows // 2] = weight[: rows // 2, :1]  # sums as large as they can be
+    form = f"g (float[M, {width}] x) => (float[M, {rows}] y) {{ y = Gemm<transB=1>(x, w) }}"
+    graph = onnx.parser.parse_graph(form)
+    graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(quantizer.quantize(tmp_path / "model.onnx", tmp_path))
+    size = next(size for size in quantizer.BLOCKS if width % size == 0)
+    blocks, scales = quantizer.blocks(weight, size)
+    stored = (blocks.astype(np.float64) - 128) * scales[..., None]
+    for count in (1, 2, 5, 33):
+        x = rng.choice([-1, 1], size=(count, width)).astype(np.float32)
+        x[:, : width // 2] = 1
+        expected = x @ stored.reshape(rows, width).T
+        np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5 * width)
 
 
 def test_int8_stores_a_quarter_and_the_tied_table_once(tiny, nano, compiled):

@@ -183,6 +183,10 @@ REFUSED = [
         lambda f: change_tensor(f, "transformer.wpe.weight", torch.Tensor.int),
         ": transformer.wpe.weight must be floating-point, got int32",
     ),
+    (
+        lambda f: change_tensor(f, "transformer.wpe.weight", lambda tensor: tensor.to(torch.float8_e4m3fn)),
+        ": transformer.wpe.weight must be floating-point, got float8_e4m3fn",
+    ),
     (with_value(torch.nan), ": transformer.wpe.weight holds NaN or infinity"),
     (with_value(torch.inf), ": transformer.wpe.weight holds NaN or infinity"),
     (lacking("transformer.wpe.weight"), " lacks 1 tensors: wpe.weight"),
