@@ -8,6 +8,7 @@ import nvtripy as tp
 from tripy_nanogpt import tripy_cpu
 
 NAMES = ("auto", "cpu", "gpu")
+NO_KERNEL = "float32 (torch has no faster kernel for this CPU)"
 
 
 def choose_device(name, fast=False):
@@ -17,8 +18,14 @@ def choose_device(name, fast=False):
     if tripy_cpu.ENGINE:
         if name == "gpu":
             raise ValueError("--device is gpu, but nvtripy has no TensorRT here: pip install -r requirements.txt")
-        tripy_cpu.weights.BFLOAT16 = fast
-        return f"cpu: {tripy_cpu.ENGINE}{', quantized weights multiplied in bfloat16' * fast}"
+        weights = tripy_cpu.weights
+        weights.BFLOAT16 = fast and weights.has_low_bit_products()
+        words = f"cpu: {tripy_cpu.ENGINE}"
+        if fast:
+            words += f", quantized weights multiplied in {'bfloat16' if weights.BFLOAT16 else NO_KERNEL}"
+        if not all(map(weights.has_half_product, weights.HALF)):
+            words += f", float16 and bfloat16 multiplied in {NO_KERNEL}"
+        return words
     if fast:
         raise ValueError("--fast is for the CPU, and nvtripy has TensorRT here")
     if name == "cpu":

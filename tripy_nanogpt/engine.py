@@ -15,7 +15,7 @@ from shared.tokenizer import find_model
 from tripy_nanogpt.files import HERE, fingerprint, sha256, write_beside
 from tripy_nanogpt.model import GPT
 from tripy_nanogpt.quantization import CNN
-from tripy_nanogpt.weight_loader import fill, load_weights_from_hf, quantized_file, read_config, weight_files
+from tripy_nanogpt.weight_loader import fill, hashed_files, load_weights_from_hf, quantized_file, read_config
 
 EXECUTABLES = HERE / "executables"
 CPU, GPU = tp.device("cpu"), tp.device("gpu")
@@ -37,7 +37,7 @@ def load_engine(model_type, dtype, device, quant_mode=None, dataset_name=CNN, fo
     source, dtype = find_model(model_type).folder, getattr(tp, dtype)
     config = read_config(source, dtype, quant_mode)
     if quant_mode is None:
-        files, calibrated_on = weight_files(source), ""
+        files, calibrated_on = hashed_files(source), ""
 
         def load():
             return load_weights_from_hf(GPT(config), model_type, dtype)

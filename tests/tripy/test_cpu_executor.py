@@ -15,6 +15,8 @@ from tripy_nanogpt import tripy_cpu
 # isort: split
 import nvtripy as tp  # once tripy_cpu has made its place
 
+from tripy_nanogpt.device import choose_device
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(tripy_cpu.ENGINE is None, reason="TensorRT is here: this is for machines without it")
 GPU, CPU = tp.device("gpu"), tp.device("cpu")
@@ -450,6 +452,54 @@ def test_quantized_weights_are_held_at_their_size(kind, size, fast, monkeypatch)
     held = program._executable.constants.values()
     tensors = {id(t): t for value in held for t in vars(value).values() if torch.is_tensor(t) and not t.is_meta}
     assert sum(t.nbytes for t in tensors.values()) < size * 4 * dense.numel()
+
+
+# -- a CPU that lacks instructions
+
+
+def refuse(*args):
+    raise RuntimeError("mkldnn: this kernel needs avx512bw, avx512vl and avx512dq")
+
+
+def saturate(product):
+    """As int8 kernels do without VNNI: sums of two products are held in 16 bits."""
+    return lambda x, q, *rest: product(x, q.clamp(-64, 64), *rest)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind", "instead"),
+    [
+        ("_weight_int8pack_mm", "int8", refuse),
+        ("_weight_int8pack_mm", "int8", saturate(torch._weight_int8pack_mm)),
+        ("_weight_int4pack_mm_for_cpu", "int4-in", refuse),
+        ("_convert_weight_to_int4pack_for_cpu", "int4-in", refuse),
+    ],
+)
+def test_fast_is_exact_and_says_so_without_a_kernel_that_computes_right(kernel, kind, instead, monkeypatch):
+    monkeypatch.setattr(tripy_cpu.weights, "BFLOAT16", None)
+    monkeypatch.setattr(torch, kernel, instead)
+    words = choose_device("auto", fast=True)
+    assert words.endswith("quantized weights multiplied in float32 (torch has no faster kernel for this CPU)")
+    linear, dense = quantized(kind, torch.float32)
+    x = torch.randn(1, 1, dense.shape[0])
+    assert torch.allclose(run(linear, x), x @ dense, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_multiplied_in_float32_without_a_kernel(dtype, monkeypatch):
+    product = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: refuse() if x.dtype is dtype else product(x, *rest))
+    words = choose_device("auto")
+    assert words.endswith("float16 and bfloat16 multiplied in float32 (torch has no faster kernel for this CPU)")
+    weight, x = torch.randn(192, 160).to(dtype), torch.randn(1, 160).to(dtype)
+    kept = tp.Tensor(weight)
+    agree(run(lambda x: x @ tp.transpose(kept, 1, 0), x), (x.double() @ weight.double().t()).to(dtype))
+
+
+def test_this_cpus_kernels_are_used_where_they_compute_right(monkeypatch):
+    monkeypatch.setattr(tripy_cpu.weights, "BFLOAT16", None)
+    assert choose_device("auto") == f"cpu: {tripy_cpu.ENGINE}"
+    assert choose_device("auto", fast=True) == f"cpu: {tripy_cpu.ENGINE}, quantized weights multiplied in bfloat16"
 
 
 # -- files

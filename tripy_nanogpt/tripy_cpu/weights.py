@@ -50,6 +50,32 @@ def weight_of(value):
     return Float(matrix.t())
 
 
+def computes(product, dtype, most, size=128):
+    """Whether torch has this product's kernel for this CPU, and the kernel is right for weights that are all `most`.
+
+    Kernels that need instructions which the CPU lacks raise RuntimeError; others saturate there.
+    """
+    try:
+        return product(torch.ones(1, size, dtype=dtype)).tolist() == [[most * size] * 64]
+    except RuntimeError:
+        return False
+
+
+def has_half_product(dtype):
+    return computes(lambda x: F.linear(x, torch.full((64, x.shape[1]), 127, dtype=dtype)), dtype, 127)
+
+
+def has_low_bit_products():
+    def int8(x):
+        return torch._weight_int8pack_mm(x, torch.full((64, x.shape[1]), 127, dtype=torch.int8), x[0, :64])
+
+    def int4(x):
+        weight = pack_int4(as_int4(torch.full((x.shape[1], 64), 7, dtype=torch.int8)))
+        return torch._weight_int4pack_mm_for_cpu(x, weight, x.shape[1], int4_scales(x[:, :64]))
+
+    return computes(int8, torch.bfloat16, 127) and computes(int4, torch.bfloat16, 7)
+
+
 def pack(weight):
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
@@ -58,6 +84,7 @@ class Float:
     def __init__(self, weight):  # [out, in]
         packed = weight.dtype is torch.float32 and torch.backends.mkldnn.is_available()
         self.weight = share(weight, pack if packed else torch.clone)
+        self.half = weight.dtype in HALF and has_half_product(weight.dtype)
 
     def tensors(self):
         return [self.weight.to_dense() if self.weight.is_mkldnn else self.weight]
@@ -65,7 +92,8 @@ class Float:
     def __call__(self, x):
         if self.weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        if x.dtype in HALF and x.numel() > x.shape[-1]:  # torch's product accumulates in float32 for one row alone
+        one_row = x.numel() == x.shape[-1]  # for which torch's half-precision product accumulates in float32
+        if x.dtype in HALF and not (self.half and one_row):
             return F.linear(x.float(), self.weight.float()).to(x.dtype)
         return F.linear(x, self.weight)
 
