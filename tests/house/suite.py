@@ -39,7 +39,7 @@ def complaints(root: Path, files: list[Path], envs: list[str]) -> list[str]:
     found = [*_tox(root, files, envs), *_pytest(root, files), *_makefile(root), *_ci(root, files)]
     for path in files:
         if path.parts[0] == "tests" and path.suffix == ".py":
-            found += _marks(path, read(root / path))
+            found += [*_marks(path, read(root / path)), *_referees(root, files, path)]
     return [*found, *_mutants(root, envs)]
 
 
@@ -121,6 +121,18 @@ def _marks(path, text):
             what = "allow_module_level"
         if what:
             yield f"{path.as_posix()}:{getattr(node, 'lineno', 1)} has {what}, which may deselect tests"
+
+
+def _referees(root, files, path):
+    """A package that tests skip without must be pinned where they run: all would skip, and make test be green."""
+    env = path.parts[1]
+    pins = [name for name in files if name.parent.name.partition("_")[0] == env and name.match("requirements*.txt")]
+    pinned = "\n".join(read(root / name) for name in [*pins, Path("tests/requirements.txt")])
+    for node in ast.walk(ast.parse(read(root / path))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
+            package = ast.literal_eval(node.args[0])
+            if not re.search(rf"^{package}(\[.*\])?==", pinned, re.M):
+                yield f"{path.as_posix()} skips without {package}, which no requirements of {env} pin"
 
 
 # -- the Makefile, .ci/run and the workflows

@@ -81,6 +81,7 @@ FAULTS = {
         ("", "def pytest_collection_modifyitems(items): del items[1:]", "pytest_collection_mod"),
     ],
     "tests/alpha/test_model.py": [
+        ("import", "pytest.importorskip('torch');import", "skips without torch, which no requirements of alpha pin"),
         ("def test", "@pytest.mark.skip\ndef test", "has pytest.mark.skip, which"),
         ("def test", "@pytest.mark.skip(reason='')\ndef test", "pytest.mark.skip"),
         ("import", "pytestmark = pytest.mark.skip;import", "tests/alpha/test_model.py:1 has pytest.mark.skip"),
@@ -151,6 +152,7 @@ def test_what_chooses_no_tests_is_allowed(made_up):
     options = "-q --durations=10 -n 2 -p no:cacheprovider --tb=short"
     text = (made_up / "tox.ini").read_text(encoding="utf-8")
     write(made_up / "tox.ini", text.replace("{posargs}", f"{options} {{posargs}}"))
+    write(made_up / "tests/alpha/test_numpy.py", "import pytest\npytest.importorskip('numpy')")
     write(made_up / "tests/alpha/conftest.py", "import pytest\nx = pytest.mark.skipif(not engine, reason='none')")
     assert complaints(made_up) == []
 
