@@ -114,8 +114,9 @@ def gather(folder: Path, models: list[str]) -> list[dict]:
             continue
         for result in document["results"]:
             ours, bandwidth = result["tokens_per_s"], document["bandwidth_gb_s"]
+            # ours counts the tokens of all texts in the batch, which share what one step reads
             read = result.get("mbu") and ours and bandwidth and result["mbu"] * bandwidth * 1e9 / ours
-            row = result | {"read_mb_a_token": read and round(read / result["batch"] / 1e6, 1)}
+            row = result | {"read_mb_a_token": read and round(read / 1e6, 1)}
             key = document["model"], document["project"], result["work"], result["dtype"], result["model"]
             rows.setdefault(key, []).append(row | {"peer_tokens_per_s": (result["peer"] or {}).get("tokens_per_s")})
     return [
@@ -243,20 +244,20 @@ def best(call, times=10):
     return min(took)
 
 
-def machine(path: Path) -> dict:
+def machine(path: Path, floats: int = 2**26, side: int = 2048) -> dict:
     """This CPU: what it reads and multiplies a second, in float32, at its best, now or when an earlier run looked."""
-    halves = np.split(np.ones(2**26, np.float32), 2)
-    matrix, vector = np.concatenate(halves).reshape(2**13, 2**13), np.ones(2**13, np.float32)
+    halves = np.split(np.ones(floats, np.float32), 2)
+    matrix, vector = np.concatenate(halves).reshape(-1, 2**13), np.ones(2**13, np.float32)
     with ThreadPoolExecutor(2) as pool:  # of 256 MB; np.sum, by the projects' bench.py, is slower
         reads = [lambda: list(pool.map(np.max, halves)), lambda: list(pool.map(np.dot, halves, halves))]
         read_s = min(map(best, [*reads, lambda: matrix @ vector]))
-    square = np.random.default_rng(0).random((2048, 2048), np.float32)
+    square = np.random.default_rng(0).random((side, side), np.float32)
     names = re.findall(r"^model name\s*: (.*)$", read_text(Path("/proc/cpuinfo")), re.M)
     here = {
         "cpu": names[0] if names else "unknown",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "bandwidth": round(2**28 / read_s),
-        "float32": round(2 * 2048**3 / best(lambda: square @ square, 5)),
+        "bandwidth": round(4 * floats / read_s),
+        "float32": round(2 * side**3 / best(lambda: square @ square, 5)),
     }
     before = json.loads(read_text(path) or "{}")
     if all(before.get(name) == here[name] for name in ("cpu", "cores")):

@@ -7,6 +7,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import suite
+from suite import read
+
 ROOT = Path(__file__).resolve().parents[2]
 NOT_PROJECTS = {"checkpoints", "shared", "tests"}
 FILES = ("README.md", "model.py", "weight_loader.py", "bench.py", "requirements.txt")
@@ -26,9 +29,9 @@ def files(root: Path) -> list[Path]:
     return [Path(name) for name in sorted({*listed} - {""}) if (root / name).is_file()]
 
 
-def projects(root: Path) -> list[str]:
+def projects(root: Path, paths: "list[Path] | None" = None) -> list[str]:
     """Every folder at the top but the few that are none."""
-    tops = {path.parts[0] for path in files(root) if len(path.parts) > 1}
+    tops = {path.parts[0] for path in paths or files(root) if len(path.parts) > 1}
     return sorted(top for top in tops - NOT_PROJECTS if not top.startswith("."))
 
 
@@ -43,34 +46,36 @@ def example_of(root: Path, project: str) -> str | None:
 
 def complaints(root: Path) -> list[str]:
     """One line for each rule that is broken; none for a house in order."""
-    found = [*_shared(root), *_imports(root)]
-    for project in projects(root):
+    paths = files(root)
+    names = projects(root, paths)
+    found = [*_shared(paths), *_imports(root, paths, names)]
+    for project in names:
         found += [*_files(root, project), *_readme(root, project), *_example(root, project)]
         found += [*_pins(root, project), *_tests(root, project)]
-    return found
+    return found + suite.complaints(root, paths, [*map(env_of, names)])
 
 
-def _shared(root: Path):
-    held = {path.relative_to("shared").as_posix() for path in files(root) if path.parts[0] == "shared"}
+def _shared(paths: list[Path]):
+    held = {path.relative_to("shared").as_posix() for path in paths if path.parts[0] == "shared"}
     for name in sorted(held - SHARED):
         yield f"shared/{name} does not belong there: shared holds the tokenizer and sampling"
     for name in sorted(SHARED - held):
         yield f"shared/{name} is missing"
-    for path in files(root):
+    for path in paths:
         if path.parts[0] == "tests" and path.name == "__init__.py":
             yield f"{path} would make tests/jax shadow jax: no packages under tests"
 
 
 def _files(root: Path, project: str):
     for name in FILES:
-        if not _text(root / project / name).strip():
+        if not read(root / project / name).strip():
             yield f"{project}/{name} is missing or empty"
     if not example_of(root, project):
         yield f"{project} has no example: one of {', '.join(EXAMPLES)}"
 
 
 def _readme(root: Path, project: str):
-    text = _text(root / project / "README.md")
+    text = read(root / project / "README.md")
     prose = re.sub(r"^\s*(```|~~~).*?^\s*\1|<!--.*?-->", "", text, flags=re.M | re.S)
     sections = re.findall(r"^##\s+(.*?)\s*$", prose, re.M)
     if [section for section in sections if section in SECTIONS] != [*SECTIONS]:
@@ -79,19 +84,19 @@ def _readme(root: Path, project: str):
         yield f"{project}/README.md needs the section {HARDWARE}"
     if not re.search(r"^```mermaid\nflowchart", text, re.M):
         yield f"{project}/README.md needs a mermaid flowchart of the way from weights to text"
-    if f"]({project}/" not in _text(root / "README.md"):
+    if f"]({project}/" not in read(root / "README.md"):
         yield f"README.md has no link to {project}/"
 
 
 def _example(root: Path, project: str):
-    if f'"{project}": Example(' not in _text(root / "tests" / "house" / "examples.py"):
+    if f'"{project}": Example(' not in read(root / "tests" / "house" / "examples.py"):
         yield f"tests/house/examples.py does not say how to ask {project} for a text"
 
 
 def _pins(root: Path, project: str):
     tests = root / "tests" / env_of(project)
     for path in sorted([*(root / project).glob("requirements*.txt"), *tests.glob("requirements*.txt")]):
-        for line in _text(path).splitlines():
+        for line in read(path).splitlines():
             requirement = re.sub(r"(^|\s)#.*", "", line).strip()
             option = requirement.startswith(("-f ", "--find-links ", "--extra-index-url ", "-r "))
             exact = re.fullmatch(r"[\w.\[\],-]+==[\w.+!]+(\s*;.*)?|[\w-]+ @ git\+\S+@[0-9a-f]{40}", requirement)
@@ -101,23 +106,22 @@ def _pins(root: Path, project: str):
 
 def _tests(root: Path, project: str):
     env = env_of(project)
-    if not any(re.search(r"^def test_", _text(path), re.M) for path in (root / "tests" / env).glob("test_*.py")):
+    if not any(re.search(r"^def test_", read(path), re.M) for path in (root / "tests" / env).glob("test_*.py")):
         yield f"tests/{env} has no tests"
     tox = configparser.ConfigParser(interpolation=None)
-    tox.read_string(_text(root / "tox.ini"))
+    tox.read_string(read(root / "tox.ini"))
     if env not in re.split(r"[,\s]+", tox.get("tox", "env_list", fallback="")):
         yield f"tox.ini's env_list lacks {env}"
     wanted = f"pytest tests/{env} tests/docs --readme {project}/README.md"
     commands = tox.get(f"testenv:{env}", "commands", fallback="").strip().splitlines()
-    if not any(command == wanted or command.startswith(f"{wanted} ") for command in commands):
+    if not any(f"{wanted} " in f"{command} " for command in commands):
         yield f"tox.ini's testenv:{env} does not run {wanted}"
 
 
-def _imports(root: Path):
+def _imports(root: Path, paths: list[Path], names: list[str]):
     """A project and its tests import no other project, and of ours only shared."""
-    names = projects(root)
     owners = {name: name for name in names} | {f"tests/{env_of(name)}": name for name in names} | {"shared": "shared"}
-    for path in files(root):
+    for path in paths:
         owner = owners.get(path.parts[0]) or owners.get("/".join(path.parts[:2]))
         if not owner:
             continue
@@ -133,18 +137,14 @@ def _imports(root: Path):
 def _imported(path: Path):
     """The names that a module or a notebook imports, and texts that could name a module to import."""
     if path.suffix == ".ipynb":
-        for cell in json.loads(_text(path)).get("cells", []):
+        for cell in json.loads(read(path)).get("cells", []):
             if cell["cell_type"] == "code":  # with magics and shell lines in it: no Python that ast would read
                 yield from re.findall(r"^\s*(?:from|import)\s+([\w.]+)", "".join(cell["source"]), re.M)
     elif path.suffix == ".py":
-        for node in ast.walk(ast.parse(_text(path))):
+        for node in ast.walk(ast.parse(read(path))):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 yield node.module or ""
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+", node.value):
                 yield node.value
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""

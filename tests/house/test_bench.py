@@ -1,5 +1,6 @@
 """make bench, in a made-up house: what it keeps, where it goes on, what it makes of the figures; and the roofline."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ prefill = row | {{"work": "prefill", "prompt_tokens": 128, "new_tokens": 1, "ttf
 decode["tokens_per_s"], prefill["tokens_per_s"] = rate, 10 * rate
 print(json.dumps({{"project": pathlib.Path.cwd().name, "results": [decode, prefill]}}))
 """
+DRAW = bench.draw
 HERE = {"cpu": "a CPU", "cores": 2, "bandwidth": 40e9, "float32": 1e11}
 
 
@@ -43,6 +45,7 @@ def house(tmp_path, monkeypatch):
         script(tmp_path, name)
     monkeypatch.setattr(sys, "executable", "true")  # tox, which has made them
     monkeypatch.setattr(bench, "machine", lambda path: HERE)
+    monkeypatch.setattr(bench, "draw", lambda path, *_: write(path, ""))
     return tmp_path
 
 
@@ -59,7 +62,8 @@ def run(root, *arguments):
     return bench.main(root, ["--new-tokens=8", *arguments])
 
 
-def test_every_project_runs_on_both_models_and_the_report_is_written(house, capfd):
+def test_every_project_runs_on_both_models_and_the_report_is_written(house, capfd, monkeypatch):
+    monkeypatch.setattr(bench, "draw", DRAW)
     assert run(house) == 0
     assert (
         calls(house, "alpha")
@@ -70,6 +74,7 @@ def test_every_project_runs_on_both_models_and_the_report_is_written(house, capf
     assert "[4 of 4] beta_gpt, GPT-2 124M's shape, round 1\n  cpu: an engine; memory" in out
     line = "| alpha_gpt | 100 tokens/s | 2.00 x | 200 MB | 1,000 tokens/s | 2.00 x | 5.0 ms |"
     assert line in out and line in (house / "results/bench/bench.md").read_text(encoding="utf-8")
+    assert (house / "results/bench/bench.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (house / "results" / "bench").iterdir()}
     assert names == {"runs", "bench.json", "bench.md", "bench.png", "roofline.md", "roofline.json"}
 
@@ -142,13 +147,37 @@ def test_without_projects_there_is_nothing_to_bench(tmp_path, capfd):
     assert capfd.readouterr().out == "There are no projects in this checkout yet: nothing to bench.\n"
 
 
-def test_what_an_earlier_run_saw_of_the_machine_at_its_best_is_kept(tmp_path):
-    first = bench.machine(tmp_path / "machine.json")
-    assert first["bandwidth"] > 1e8 and first["float32"] > 1e8
-    write(tmp_path / "machine.json", json.dumps(first | {"bandwidth": 1e15}))
-    assert bench.machine(tmp_path / "machine.json")["bandwidth"] == 1e15
-    write(tmp_path / "machine.json", json.dumps(first | {"bandwidth": 1e15, "cpu": "another"}))
-    assert bench.machine(tmp_path / "machine.json")["bandwidth"] < 1e15
+@pytest.mark.parametrize("batch", [1, 8])
+def test_what_a_token_reads_is_its_share_of_what_a_step_reads(tmp_path, batch):
+    """500 MB a step, 20 steps/s: 10 of 40 GB/s. The texts of a batch share it."""
+    row = ROW | {"work": "decode", "batch": batch, "tokens_per_s": 20.0 * batch, "mbu": 0.25, "peer": None}
+    document = {"model": "gpt2-random", "project": "alpha_gpt", "bandwidth_gb_s": 40.0, "results": [row]}
+    write(tmp_path / "1-gpt2-random-alpha_gpt.json", json.dumps(document))
+    assert [row["read_mb_a_token"] for row in bench.gather(tmp_path, ["gpt2-random"])] == [500 / batch]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Each call takes 3 s, or half a second, in turn."""
+    moments = itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 0.5]))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(moments))
+
+
+def test_the_machines_best_is_what_it_does_in_its_shortest_time(tmp_path, clock):
+    here = bench.machine(tmp_path / "machine.json", floats=2**14, side=8)
+    assert here["bandwidth"] == 4 * 2**14 / 0.5
+    assert here["float32"] == 2 * 8**3 / 0.5
+    assert json.loads((tmp_path / "machine.json").read_text(encoding="utf-8")) == here
+
+
+def test_what_an_earlier_run_saw_of_the_machine_at_its_best_is_kept(tmp_path, clock):
+    path = tmp_path / "machine.json"
+    here = bench.machine(path, 2**14, 8)
+    for earlier, kept in ((10**15, 10**15), (1, here["bandwidth"])):
+        write(path, json.dumps(here | {"bandwidth": earlier}))
+        assert bench.machine(path, 2**14, 8) == here | {"bandwidth": kept}
+    write(path, json.dumps(here | {"bandwidth": 10**15, "cpu": "another"}))
+    assert bench.machine(path, 2**14, 8) == here
 
 
 # -- the roofline

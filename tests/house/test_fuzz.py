@@ -1,7 +1,8 @@
 """make fuzz notices each way in which a script may end badly: a made-up one does, when it is given --dump=device."""
 
+import os
 import re
-import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -40,45 +41,84 @@ if __name__ == "__main__":
 """
 
 
+# runs each script of alpha_gpt by itself, as fuzz_run.py does its cases
+EACH = """import json, sys
+from pathlib import Path
+from fuzz_input import Case
+from fuzz_run import complaint, load, prepare, renewed, run_here
+
+root, scratch = map(Path, sys.argv[1:])
+_, case, template = prepare(root, "alpha_gpt", scratch)
+for name, script in load(root, "alpha_gpt").items():
+    limit = 2 if name == "sleeps.py" else 60
+    *ended, _ = run_here(script.main, ("--dump=device",), renewed(case, template), limit)
+    wrong = complaint(Case("found", name, ()), case, template, [1], limit, *ended)
+    print(f"{name} {wrong or 'is well'}: {' '.join(ended[2].split())}", flush=True)
+"""
+
+
+def write_script(root, name, body="fail('no file')", tokens="tokens"):
+    (root / "alpha_gpt").mkdir(exist_ok=True)
+    (root / "shared").mkdir(exist_ok=True)
+    (root / "alpha_gpt" / name).write_text(EXAMPLE.format(body=body, tokens=tokens), encoding="utf-8")
+
+
 @pytest.fixture
 def run(tmp_path):
     def run(body="fail('no file')", tokens="tokens", *options):
-        project = tmp_path / "alpha_gpt"
-        shutil.rmtree(project, ignore_errors=True)
-        project.mkdir()
-        (project / "example.py").write_text(EXAMPLE.format(body=body, tokens=tokens), encoding="utf-8")
-        (tmp_path / "shared").mkdir(exist_ok=True)
-        options = options or ("--cases=1", "--processes=0", "--every=50", "--limit=2")
+        write_script(tmp_path, "example.py", body, tokens)
+        options = options or ("--cases=1", "--processes=0", "--every=50", "--limit=60")
         return fuzz.fuzz(Path(sys.executable), tmp_path, "alpha_gpt", *options)
 
     return run
 
 
 def test_a_script_that_ends_well_is_passed_and_its_cases_are_counted(run):
-    result = run("fail('no file')", "tokens", "--cases=40", "--processes=3", "--every=20")
+    result = run("fail('no file')", "tokens", "--cases=20", "--processes=2", "--every=20", "--limit=60")
     assert not result.failed, result.told
     kinds = result.passed
-    assert kinds["flags"] + kinds["prompts"] + kinds["files"] == 40 and min(kinds.values()) > 0
-    assert kinds["cuts"] == 4 * 6 and kinds["processes"] == 3
+    assert kinds["flags"] + kinds["prompts"] + kinds["files"] == 20 and min(kinds.values()) > 0
+    assert kinds["cuts"] == 4 * 6 and kinds["processes"] == 2
+
+
+BAD_ENDS = {
+    "raises": ("raise RuntimeError('ours')", "exit status 1: Traceback (most recent call last)"),
+    "traces": ("print('Traceback (most recent call last)', file=sys.stderr); sys.exit(2)", "a traceback"),
+    "talks": ("print('one\\ntwo', file=sys.stderr); sys.exit(2)", "2 lines on stderr"),
+    "says_nothing": ("sys.exit(2)", "0 lines on stderr"),
+    "sleeps": ("time.sleep(600)", "KeyboardInterrupt"),
+    "leaves_a_part": ("open('dump.npz.part', 'w'); fail('no space')", "dump.npz.part is left"),
+    "leaves_a_half": ("open(os.environ['TMPDIR'] + '/half', 'w'); fail('no space')", "tmp/half is left"),
+    "fails_and_writes": ("open('dump.npz', 'w'); fail('no space')", "it failed, and wrote dump.npz"),
+    "executes": ("os.mkdir('model/executed'); fail('no model')", "what was in a file was executed"),
+    "takes_the_device": ("os.remove('device'); open('device', 'w'); fail('no device')", "a device was replaced"),
+    "ends_well": ("fail('no file')", "is well: 'no file'"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_ends(tmp_path_factory):
+    """What is said of each, in one process."""
+    root, scratch = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("scratch")
+    for name, (body, _) in BAD_ENDS.items():
+        write_script(root, f"{name}.py", body)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, ROOT, ROOT / "tests" / "house")))}
+    command = [sys.executable, "-c", EACH, root, scratch]
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    return dict(line.split(".py ", 1) for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", BAD_ENDS)
+def test_each_bad_end_is_told_from_a_good_one(bad_ends, name):
+    assert BAD_ENDS[name][1] in bad_ends[name]
 
 
 @pytest.mark.parametrize(
-    "body, said",
-    [
-        ("raise RuntimeError('ours')", "exit status 1: 'Traceback (most recent call last)"),
-        ("print('Traceback (most recent call last)', file=sys.stderr); sys.exit(2)", "a traceback"),
-        ("print('one\\ntwo', file=sys.stderr); sys.exit(2)", "2 lines on stderr"),
-        ("sys.exit(2)", "0 lines on stderr"),
-        ("time.sleep(60)", "KeyboardInterrupt"),
-        ("open('dump.npz.part', 'w'); fail('no space')", "dump.npz.part is left"),
-        ("open(os.environ['TMPDIR'] + '/half', 'w'); fail('no space')", "tmp/half is left"),
-        ("open('dump.npz', 'w'); fail('no space')", "it failed, and wrote dump.npz"),
-        ("os.mkdir('model/executed'); fail('no model')", "what was in a file was executed"),
-        ("os.remove('device'); open('device', 'w'); fail('no device')", "a device was replaced"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "the process died"),
-    ],
+    ("body", "said"),
+    [("sys.exit(2)", "0 lines on stderr"), ("os.kill(os.getpid(), signal.SIGKILL)", "the process died")],
 )
-def test_each_bad_end_is_found_once_and_its_case_named(run, body, said):
+def test_a_bad_end_is_found_once_and_its_case_named(run, body, said):
     result = run(body)
     assert result.failed.total() == 1, result.told
     line = next(line for line in result.told.splitlines() if re.match(r"FAILED alpha_gpt \d+ found: example.py", line))

@@ -2,13 +2,42 @@
 
 import nightly
 import pytest
+from house import ROOT, env_of, projects
 from nightly import Environment
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 
-def test_the_pins_of_an_environment_are_those_for_this_python():
-    pins = nightly.pins_of("jax")
-    assert {"jax", "numpy", "pytest", "hypothesis", "transformers"} <= pins.keys()
-    assert all(version[0].isdigit() for version in pins.values())
+@pytest.fixture
+def pinned(tmp_path, monkeypatch):
+    files = {
+        "tox.ini": "[testenv]\ndeps = -r all.txt\n[testenv:alpha]\ndeps =\n    {[testenv]deps}\n    -r alpha/pins.txt\n"
+        "    ruff==1.0\n[testenv:beta]\ndeps = -r beta.txt\n",
+        "all.txt": "# what all need\npytest==9.2.0\n\n"
+        "numpy==2.4.6; python_version >= '3'\nnumpy==1.0; python_version < '3'\n",
+        "alpha/pins.txt": "jax[cpu]==0.10.2\nold==1.0; python_version < '3'\n",
+        "beta.txt": "torch==2.0\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(nightly, "ROOT", tmp_path)
+
+
+def test_the_pins_of_an_environment_are_those_of_its_files_for_this_python(pinned):
+    assert nightly.pins_of("alpha") == {"pytest": "9.2.0", "numpy": "2.4.6", "jax": "0.10.2"}
+    assert nightly.pins_of("beta") == {"pytest": "9.2.0", "numpy": "2.4.6", "torch": "2.0"}
+
+
+@pytest.mark.parametrize("env", ["shared", *map(env_of, projects(ROOT))])
+def test_each_environments_pins_can_be_read(env):
+    pins = nightly.pins_of(env)
+    assert {"pytest", "hypothesis"} < pins.keys()
+    for name, version in pins.items():
+        Version(version), Requirement(f"{name}=={version}")
+
+
+def test_a_pin_is_loosened_only_where_it_is_named():
     assert nightly.loosened({"jax": "1.0", "numpy": "2.0"}, {"jax"}) == ["jax>=1.0", "numpy==2.0"]
 
 

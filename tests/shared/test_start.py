@@ -116,7 +116,7 @@ class Resource:
 @script
 def main(argv=None):
     Resource()
-    time.sleep(60)
+    time.sleep(600)
 
 main()
 """
@@ -125,7 +125,7 @@ main()
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that one sends oneself")
 def test_ctrl_c_is_not_lost_in_a_destructor():
     command = [sys.executable, "-c", INTO_A_DESTRUCTOR]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=30)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=120)
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
