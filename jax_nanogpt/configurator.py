@@ -62,11 +62,11 @@ def read_flag(argument, types):
 def configure(defaults, arguments, folder):
     """defaults is a dataclass instance, folder where a config file is looked for if not from here."""
     types = {field.name: type(getattr(defaults, field.name)) for field in fields(defaults)}
-    settings = {}
+    from_files, from_flags = {}, {}
     for argument in arguments:
         if argument.startswith("--"):
-            settings |= read_flag(argument, types)
+            from_flags |= read_flag(argument, types)
         else:
             path = Path(argument)
-            settings |= read_file(path if path.exists() else folder / path, types)
-    return replace(defaults, **settings)
+            from_files |= read_file(path if path.exists() else folder / path, types)
+    return replace(defaults, **from_files | from_flags)

@@ -27,12 +27,20 @@ def from_file(text, tmp_path, *flags):
     return configure(Toy(), ["toy.py", *flags], tmp_path)
 
 
-def test_a_file_comes_before_the_flags_wherever_they_stand(tmp_path):
+def test_settings_come_from_a_file_and_from_flags(tmp_path):
     text = '"""About."""\n# a comment\nname = "b"  # another\ncount = 7\nrate = 2\nquick = True\n'
     assert from_file(text, tmp_path) == Toy("b", 7, 2.0, True)
     assert from_file(text, tmp_path, "--count=9", "--name=c d", "--quick=False") == Toy("c d", 9, 2.0, False)
     assert from_file("", tmp_path, "--rate=1e-3", "--quick") == Toy(rate=1e-3, quick=True)
     assert from_file("rate = -1.5", tmp_path).rate == -1.5
+    assert type(from_file("rate = 2", tmp_path).rate) is float
+
+
+def test_a_flag_comes_before_a_file_wherever_it_stands_and_the_last_of_each_counts(tmp_path):
+    for name, count in ("first.py", 1), ("second.py", 2):
+        (tmp_path / name).write_text(f"count = {count}\nrate = {count}.0", encoding="utf-8")
+    found = configure(Toy(), ["--count=7", "first.py", "--count=8", "second.py"], tmp_path)
+    assert found == Toy(count=8, rate=2.0)
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,44 @@
 """Training: what is claimed of resuming, of kills, of accumulation, of evaluation, of what a run leaves behind."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
+from functools import cache, partial
+from pydoc_data.topics import topics
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from runs import SCRIPT, TINY, losses_of, same, start, state
+import reference
+from runs import TINY, losses_of, same, start, state
 
 from jax_nanogpt import train, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.data.corpus import write_characters
 from jax_nanogpt.model import GPT, GPTConfig, init_params
-from shared.tokenizer import Characters
+from shared.tokenizer import Characters, load_tokenizer
+
+TEXT = np.random.default_rng(0).integers(50, size=(2, 4, 17)).astype(np.int32)
+TOY = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
+toy_params = cache(partial(init_params, TOY, jax.random.key(0)))
+sgd = cache(optax.sgd)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    """Runs with the same settings share an optimizer, and by that JAX's compiled program."""
+    made, make = {}, train.make_optimizer
+
+    def make_once(config):
+        key = tuple(value for name, value in vars(config).items() if name not in train.FREE)
+        return made.setdefault(key, make(config))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_optimizer", make_once)
+        yield
 
 
 def refused(run, out_dir, *flags):
@@ -27,54 +49,51 @@ def refused(run, out_dir, *flags):
 
 @pytest.mark.parametrize("flags", [["--optimizer=adamw"], ["--optimizer=muon", "--muon_weight_decay=0.1"]])
 def test_stopped_and_resumed_equals_unbroken_to_the_bit(flags, run, tmp_path):
-    run(tmp_path / "whole", "--max_iters=37", *flags)
+    run(tmp_path / "whole", "--max_iters=23", *flags)
     run(tmp_path / "parts", "--max_iters=14", *flags)
-    run(tmp_path / "parts", "--max_iters=37", "--init_from=resume", *flags)
+    run(tmp_path / "parts", "--max_iters=23", "--init_from=resume", *flags)
     assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
-    assert losses_of(tmp_path / "whole")[37] == losses_of(tmp_path / "parts")[37]
-    run(tmp_path / "other", "--max_iters=37", "--seed=1", *flags)
-    assert not same(state(tmp_path / "whole"), state(tmp_path / "other"))
+    assert losses_of(tmp_path / "whole")[23] == losses_of(tmp_path / "parts")[23]
 
 
-def kill_when(process, happened):
-    while not happened():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def test_another_seed_is_another_run(run, tmp_path):
+    for seed in 1, 2:
+        run(tmp_path / f"{seed}", "--max_iters=1", f"--seed={seed}")
+    one, other = (losses_of(tmp_path / f"{seed}") for seed in (1, 2))
+    assert one[0] != other[0] and one[1] != other[1]
 
 
-def test_a_kill_in_training_or_in_saving_loses_only_what_came_after_the_last_checkpoint(run, dataset, tmp_path):
-    flags = ("--max_iters=40", "--eval_interval=2")
+def test_a_kill_in_saving_loses_only_what_came_after_the_last_checkpoint(run, dataset, tmp_path):
     out_dir = tmp_path / "killed"
     folder = out_dir / "checkpoints"
-    run(tmp_path / "whole", *flags)
-
-    def is_saving():
-        return any(folder.glob("*tmp*"))
-
-    def is_complete(step):
-        return lambda: any(int(p.name) >= step for p in folder.glob("*") if p.name.isdigit()) and not is_saving()
-
-    kill_when(start(dataset, out_dir, *flags), is_complete(4))
-    first, _ = state(out_dir)
-    assert first >= 4
-    kill_when(start(dataset, out_dir, *flags, "--init_from=resume"), is_saving)
-    second, _ = state(out_dir)
-    assert first <= second < 40
+    process = start(dataset, out_dir, "--max_iters=100000", "--eval_interval=2")
+    while not ((folder / "2").exists() and any(folder.glob("*tmp*"))):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    last, _ = state(out_dir)
+    assert last >= 2
+    flags = (f"--max_iters={last + 3}", "--eval_interval=2")
     run(out_dir, *flags, "--init_from=resume")
+    run(tmp_path / "whole", *flags)
     assert same(state(tmp_path / "whole"), state(out_dir))
     assert losses_of(tmp_path / "whole") == losses_of(out_dir)
-    assert not is_saving()
+    assert not any(folder.glob("*tmp*"))
 
 
-def test_best_and_last_are_kept(run, tmp_path):
-    run(tmp_path, "--max_iters=20", "--eval_interval=10")
-    run(tmp_path, "--max_iters=40", "--eval_interval=10", "--init_from=resume", "--learning_rate=30", "--min_lr=30")
-    losses, checkpoints = losses_of(tmp_path), Checkpoints(tmp_path)
-    assert checkpoints.last() == 40
-    assert checkpoints.best() == min(losses, key=losses.get) == 20
-    assert sorted(checkpoints.manager.all_steps()) == [20, 30, 40]  # the best and the last two
+def test_the_best_and_the_last_two_checkpoints_are_kept(tmp_path):
+    checkpoints, nothing = Checkpoints(tmp_path, "afresh"), {"count": np.zeros(1)}
+    for step, loss in (10, 3.0), (20, 1.0), (30, 2.0), (40, 4.0), (50, 1.5):
+        checkpoints.save(step, nothing, nothing, {}, loss)
+    assert (checkpoints.best(), checkpoints.last()) == (20, 50)
+    assert sorted(checkpoints.manager.all_steps()) == [20, 40, 50]
+
+
+def test_a_checkpoint_is_judged_by_its_val_loss(run, tmp_path):
+    run(tmp_path, "--max_iters=4", "--eval_interval=2")
+    found = {step: Checkpoints(tmp_path).manager.metrics(step) for step in (2, 4)}
+    assert found == {step: {"val_loss": losses_of(tmp_path)[step]} for step in (2, 4)}
 
 
 def test_a_fresh_start_puts_the_former_run_aside(run, tmp_path):
@@ -87,12 +106,51 @@ def test_a_fresh_start_puts_the_former_run_aside(run, tmp_path):
     assert same(state(tmp_path), former)
 
 
-def test_accumulated_micro_batches_equal_one_large_batch(run, tmp_path):
-    flags = ("--max_iters=5", "--dropout=0", "--learning_rate=1e-3")
-    run(tmp_path / "one", *flags, "--batch_size=8", "--gradient_accumulation_steps=1")
-    run(tmp_path / "four", *flags, "--batch_size=2", "--gradient_accumulation_steps=4")
-    for one, four in zip(state(tmp_path / "one")[1], state(tmp_path / "four")[1], strict=True):
-        np.testing.assert_allclose(one, four, atol=1e-4)
+def iterations(config, examples, count, rate, first=0, seed=0):
+    """(params, losses) of train_iterations with plain gradient descent."""
+    params, optimizer, key = jax.tree.map(jnp.copy, toy_params()), sgd(rate), jax.random.key(seed)
+    state = params, optimizer.init(params)
+    params, _, losses = train.train_iterations(GPT(config), optimizer, *state, examples, first, count, key)
+    return params, np.array(losses[:count])
+
+
+def test_accumulating_four_batches_of_one_equals_one_batch_of_four():
+    """Under gradient descent at a rate of 1, the parameters move by the gradients themselves."""
+    four, losses_of_four = iterations(TOY, TEXT[:, :, None], 2, rate=1.0)
+    one, losses_of_one = iterations(TOY, TEXT[:, None], 2, rate=1.0)
+    np.testing.assert_allclose(losses_of_four, losses_of_one, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), four, one)
+
+
+def test_each_iteration_and_micro_batch_has_its_own_dropout_mask_by_its_number_and_the_seed():
+    """Of one text again and again, at a rate of 0: the losses differ by the masks alone."""
+    config, text = replace(TOY, dropout=0.5), np.broadcast_to(TEXT[0, 0], (80, 4, 1, 17))
+    _, ones = iterations(config, text[:, :1], 80, rate=0.0)
+    _, fours = iterations(config, text, 80, rate=0.0)
+    assert len(set(ones)) == 80
+    assert fours.std() / ones.std() == pytest.approx(0.5, rel=0.3)  # each a mean of four independent losses
+    _, later = iterations(config, text[:, :1], 4, rate=0.0, first=6)
+    np.testing.assert_array_equal(later, ones[6:10])
+    _, other = iterations(config, text[:, :1], 80, rate=0.0, seed=1)
+    assert not set(other) & set(ones)
+
+
+def test_the_losses_of_both_splits_are_those_that_transformers_gives(run, tmp_path):
+    """Of every window, and without dropout, by the weights that the run saved."""
+    torch = pytest.importorskip("torch")
+    (tmp_path / "data").mkdir()
+    write_characters(tmp_path / "data", topics["if"] + topics["numbers"] * 3)
+    flags = ("--max_iters=3", "--eval_iters=1000", "--dropout=0.5", "--batch_size=8")
+    run(tmp_path / "out", *flags, f"--dataset={tmp_path / 'data'}")
+    weight_loader.save(tmp_path / "model", *Checkpoints(tmp_path / "out").restore_model(3))
+    model = reference.load(tmp_path / "model")
+    for split in "train", "val":
+        data = np.fromfile(tmp_path / "data" / f"{split}.bin", np.uint16).astype(np.int64)
+        windows = np.array([data[i : i + 17] for i in range(0, len(data) - 16, 16)])
+        logits = torch.tensor(reference.logits_of(model, windows[:, :-1]))
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(windows[:, 1:]).flatten())
+        assert losses_of(tmp_path / "out", f"{split}_loss")[3] == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(losses_of(tmp_path / "out", "train_loss")[3] - losses_of(tmp_path / "out")[3]) > 0.01
 
 
 def test_bfloat16_learns_as_float32_does(run, tmp_path):
@@ -107,11 +165,10 @@ def test_bfloat16_learns_as_float32_does(run, tmp_path):
 @pytest.mark.parametrize("tokens", [17, 100, 16 * 12 + 1, 1000])
 def test_evaluation_is_the_mean_over_every_window_once(tokens):
     config = train.Config(block_size=16, batch_size=4, eval_iters=1000)
-    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32))
-    params = init_params(model.config, jax.random.key(0))
     data = np.random.default_rng(0).integers(50, size=tokens).astype(np.uint16)
-    windows = [data[i : i + 17] for i in range(0, tokens - 16, 16)]
-    expected = float(train.losses(model, params, np.array(windows, np.int32)).mean())
+    windows = np.array([data[i : i + 17] for i in range(0, tokens - 16, 16)], np.int32)
+    model, params = GPT(TOY), toy_params()
+    expected = float(jax.jit(train.losses, static_argnums=0)(model, params, windows).mean())
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     assert train.evaluate(model, params, data, config, here) == pytest.approx(expected, rel=1e-6)
 
@@ -136,13 +193,18 @@ def test_eval_only_gives_the_same_loss_and_writes_nothing(run, tmp_path):
 
 
 def test_fine_tuning_starts_from_a_checkpoint_and_crops_it(run, dataset, tmp_path):
-    run(tmp_path / "first", "--max_iters=40", "--block_size=24")
-    config, params = Checkpoints(tmp_path / "first").restore_model(40)
-    weight_loader.save(tmp_path / "exported", config, params, tokenizer_folder=dataset)
-    run(tmp_path / "tuned", f"--init_from={tmp_path / 'exported'}", "--max_iters=20", "--schedule=constant")
-    fresh, tuned = (losses_of(tmp_path / name, "train_loss") for name in ("first", "tuned"))
-    assert tuned[0] < fresh[0] - 0.8 and tuned[20] < tuned[0]
-    assert Checkpoints(tmp_path / "tuned").restore_model(20)[0].block_size == 16
+    config = replace(TOY, block_size=24, vocab_size=load_tokenizer(dataset).n_vocab)
+    params = init_params(config, jax.random.key(0))
+    params["wte"] *= 20  # which a fresh start does not have
+    weight_loader.save(tmp_path / "from", config, params, tokenizer_folder=dataset)
+    run(tmp_path / "tuned", f"--init_from={tmp_path / 'from'}", "--max_iters=10", "--schedule=constant")
+    cropped, params = weight_loader.crop(config, params, 16)
+    data, here = np.fromfile(dataset / "val.bin", np.uint16), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sizes = train.Config(block_size=16, batch_size=4, eval_iters=3)
+    expected = train.evaluate(GPT(cropped), params, data, sizes, here)
+    losses = losses_of(tmp_path / "tuned")
+    assert losses[0] == pytest.approx(expected, rel=1e-5) and losses[10] < losses[0]
+    assert Checkpoints(tmp_path / "tuned").restore_model(10)[0].block_size == 16
 
 
 def test_mistakes_end_in_one_line_and_status_2(run, dataset, tmp_path, capsys):
@@ -173,10 +235,10 @@ def test_mistakes_end_in_one_line_and_status_2(run, dataset, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_costs_no_checkpoint(run, tmp_path):
-    run(tmp_path, "--max_iters=10")
-    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at iteration .*last good checkpoint: iteration 10 in"):
-        run(tmp_path, "--max_iters=40", "--init_from=resume", "--learning_rate=1e38", "--min_lr=1e38", "--grad_clip=0")
-    assert Checkpoints(tmp_path).last() == Checkpoints(tmp_path).best() == 10
+    run(tmp_path, "--max_iters=2")
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at iteration .*last good checkpoint: iteration 2 in"):
+        run(tmp_path, "--max_iters=20", "--init_from=resume", "--learning_rate=1e38", "--min_lr=1e38", "--grad_clip=0")
+    assert Checkpoints(tmp_path).last() == Checkpoints(tmp_path).best() == 2
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
 
 
@@ -207,21 +269,25 @@ def test_tokens_that_the_tokenizer_does_not_know_are_refused(run, dataset, tmp_p
     assert "train.bin has 1001 bytes, two a token" in capsys.readouterr().err
 
 
-def test_an_interrupt_saves_and_says_how_to_go_on(run, dataset, tmp_path):
-    command = [sys.executable, SCRIPT, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
-    while not (tmp_path / "metrics.jsonl").exists() or '"iter": 20,' not in (tmp_path / "metrics.jsonl").read_text(
-        encoding="utf-8"
-    ):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    last, _ = state(tmp_path)
-    assert last >= 20 and errors.splitlines()[-1] == f"stopped at iteration {last}; --init_from=resume goes on"
-    run(tmp_path, "--init_from=resume", f"--max_iters={last + 5}")
-    assert state(tmp_path)[0] == last + 5
+def test_an_interrupt_saves_and_says_how_to_go_on(run, dataset, tmp_path, monkeypatch, capsys):
+    calls, read = [], train.read
+
+    def read_and_interrupt(data, starts, *args):
+        if starts.ndim == 3:  # not an evaluation's
+            calls.append(starts)
+            if len(calls) == 3:  # the examples of a third call, while the second is under way
+                signal.raise_signal(signal.SIGINT)
+        return read(data, starts, *args)
+
+    monkeypatch.setattr(train, "read", read_and_interrupt)
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1000"]
+    assert train.main(flags) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped at iteration 20; --init_from=resume goes on"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert state(tmp_path)[0] == 20
+    monkeypatch.undo()
+    run(tmp_path, "--init_from=resume", "--max_iters=25")
+    assert state(tmp_path)[0] == 25
 
 
 def test_help_lists_every_setting(run, tmp_path):
