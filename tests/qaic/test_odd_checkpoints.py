@@ -82,6 +82,12 @@ def test_every_token_to_the_last_position_is_transformers(make_checkpoint, setti
         assert made.tolist() == np.argmax(info.logits[0], axis=1).tolist()
 
 
+def test_int8_of_a_width_without_blocks_is_refused_in_one_line(make_checkpoint):
+    model = QEFFAutoModelForCausalLM.from_pretrained(make(make_checkpoint, n_embd=24))
+    with pytest.raises(ValueError, match=r"^n_embd must be a multiple of 16 with int8_matmul, got 24: .*$"):
+        model.compile(int8_matmul=True)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 8])
 def test_rows_that_fill_the_context_are_what_they_are_alone(small, compiled, chunk):
     """The last chunk has no padding, which would take the last slot."""
