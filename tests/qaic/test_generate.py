@@ -83,10 +83,13 @@ def test_prompts_of_unequal_lengths_give_in_a_batch_what_they_give_alone(nano, c
         assert info.generated_texts[0][row] == tokenizer.decode(made, clean_up_tokenization_spaces=False)
 
 
-def test_batches_follow_one_another_by_qefficients_rule(nano, compiled, tokenizer, capsys):
+def test_batches_follow_one_another_by_qefficients_rule(nano, compiled, tokenizer, nano_reference, capsys):
     model = compiled(nano, batch_size=2)
-    info = model.generate(tokenizer, ["A", "B", "C", "D", "E"], generation_len=4)
+    info = model.generate(tokenizer, ["A", "B", "C", "D", "E"], generation_len=4, ignore_eos=True)
     assert [len(texts) for texts in info.generated_texts] == [2, 2]
+    for prompt, ids in zip("ABCD", np.concatenate(info.generated_ids), strict=True):
+        made = ids[:4].tolist()
+        assert made == greedy(nano_reference, tokenizer.encode(prompt), made)
     assert "the last 1 are dropped" in capsys.readouterr().out
     info = model.generate(tokenizer, ["A"], generation_len=4)
     assert info.generated_texts[0][0] == info.generated_texts[0][1]

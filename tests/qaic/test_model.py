@@ -28,6 +28,12 @@ def artifact(folder, export_dir):
     return model.compile(ctx_len=64)
 
 
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """An artifact, alone in its export's folder: for copies that a test may change."""
+    return artifact(tiny, tmp_path_factory.mktemp("made"))
+
+
 def expected_logits(reference, ids):
     with torch.no_grad():
         return reference(torch.tensor(ids)).logits.numpy()
@@ -273,8 +279,8 @@ def test_other_weights_in_the_same_folder_make_another_artifact(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["program.onnx", "specializations.json", "../model.onnx.data"])
-def test_an_artifact_that_was_changed_is_not_loaded(tiny, tmp_path, name):
-    folder = artifact(tiny, tmp_path)
+def test_an_artifact_that_was_changed_is_not_loaded(made, tmp_path, name):
+    folder = shutil.copytree(made.parent, tmp_path / "export") / made.name
     Session(folder)
     path = folder / name
     data = bytearray(path.read_bytes())
@@ -296,8 +302,8 @@ def test_an_artifact_that_was_changed_is_not_loaded(tiny, tmp_path, name):
         lambda noted: {name: value for name, value in noted.items() if name != "weights"},
     ],
 )
-def test_an_artifact_that_is_noted_otherwise_is_not_loaded(tiny, tmp_path, change):
-    folder = artifact(tiny, tmp_path)
+def test_an_artifact_that_is_noted_otherwise_is_not_loaded(made, tmp_path, change):
+    folder = shutil.copytree(made.parent, tmp_path / "export") / made.name
     noted = json.loads((folder / "compile.json").read_text(encoding="utf-8"))
     (folder / "compile.json").write_text(json.dumps(change(noted)), encoding="utf-8")
     with pytest.raises(ValueError, match="to compile anew"):

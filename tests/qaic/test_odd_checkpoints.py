@@ -82,6 +82,12 @@ def test_every_token_to_the_last_position_is_transformers(make_checkpoint, setti
         assert made.tolist() == np.argmax(info.logits[0], axis=1).tolist()
 
 
+def test_int8_of_a_width_without_blocks_is_refused_in_one_line(make_checkpoint):
+    model = QEFFAutoModelForCausalLM.from_pretrained(make(make_checkpoint, n_embd=24))
+    with pytest.raises(ValueError, match=r"^n_embd must be a multiple of 16 with int8_matmul, got 24: .*$"):
+        model.compile(int8_matmul=True)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 8])
 def test_rows_that_fill_the_context_are_what_they_are_alone(small, compiled, chunk):
     """The last chunk has no padding, which would take the last slot."""
@@ -120,7 +126,7 @@ def test_a_prompt_that_fills_the_context_gets_one_token_and_a_longer_one_none(sm
     status, printed = run(capsys, f"--model={small}", "--prompt=abcdefgh", "--max-new-tokens=5")
     assert status == 0 and re.search(r"\nabcdefgh[a-k]\n\(the end of the context: 8 tokens\)\n", printed.out)
     status, printed = run(capsys, f"--model={small}", "--prompt=abcdefghi")
-    assert (status, printed.err) == (2, "prompt must have at most ctx_len (8) tokens, got 9\n")
+    assert (status, printed.out, printed.err) == (2, "", "prompt must have at most ctx_len (8) tokens, got 9\n")
 
 
 def test_an_empty_prompt_needs_an_end_of_text(small, capsys):

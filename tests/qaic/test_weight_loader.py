@@ -166,7 +166,10 @@ REFUSED = [
     (lambda f: shard(f, weight_map={}), "index.json: weight_map must map tensor names to files"),
     (lambda f: shard(f, weight_map=["a"]), "index.json: weight_map must map tensor names to files"),
     (lambda f: shard(f, weight_map={"a": ["b"]}), "index.json: weight_map must map tensor names to files"),
-    (lambda f: shard(f, weight_map={"a": "../x"}), "index.json: '../x' must be a file in the same folder"),
+    (
+        lambda f: shard(f, weight_map={"a": "../model/model-00001-of-00002.safetensors"}),
+        "index.json: '../model/model-00001-of-00002.safetensors' must be a file in the same folder",
+    ),
     (lambda f: shard(f, weight_map={"a": "gone"}), "index.json: 'gone' must be a file in the same folder"),
     (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1000]),
