@@ -83,7 +83,7 @@ def create_forward_loop(model, dataset_name, tokenizer, device, batch_size, num_
     samples = [ids[i : i + length] for i in starts for ids in encoded if i < len(ids)][:num_samples]
     if not samples:
         raise ValueError(f"calibration data is {dataset_name}, which holds no text")
-    end = tokenizer.eot if hasattr(tokenizer, "eot") else tokenizer.eos_token_id
+    end = (tokenizer.eot if hasattr(tokenizer, "eot") else tokenizer.eos_token_id) or 0  # characters have none
     batches = []
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]

@@ -71,13 +71,23 @@ def wide(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fake_quantized(wide):
-    """mode -> the model as ModelOpt has quantized it: what it computes is the truth for ours."""
+    """mode -> the model as ModelOpt has quantized it: what it computes is the truth for ours.
+
+    Its attribute `calibrated` has the samples that it was given for that.
+    """
     kept = {}
 
     def quantized(mode):
         if mode not in kept:
-            model = GPT2LMHeadModel.from_pretrained(wide, dtype=torch.float32).eval()
+            model, samples = GPT2LMHeadModel.from_pretrained(wide, dtype=torch.float32).eval(), set()
+
+            def note(model, args, given):
+                samples.update(map(tuple, given["input_ids"].tolist()))
+
+            hook = model.register_forward_pre_hook(note, with_kwargs=True)
             kept[mode] = modelopt_quantize(model, mode)
+            kept[mode].calibrated = samples
+            hook.remove()
         return kept[mode]
 
     return quantized

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from shared.tokenizer import find_model, load_tokenizer
+from shared.tokenizer import Characters, find_model, load_tokenizer
 from tripy_nanogpt import quantization
 from tripy_nanogpt.quantization import create_forward_loop
 
@@ -49,6 +49,14 @@ def test_a_text_is_cut_into_samples_and_the_last_is_padded_behind_a_mask(tmp_pat
     assert said == f"{len(rows)} samples of up to 32 tokens from {tmp_path / 'a.txt'}"
     padded, mask = model.given[-1]
     assert padded[mask == 0].tolist() == [TOKENIZER.eot] * int((mask == 0).sum())
+
+
+def test_a_tokenizer_without_end_of_text_pads_behind_the_mask_too(tmp_path):
+    (tmp_path / "a.txt").write_text("abba " * 9, encoding="utf-8")  # 45 characters
+    tokenizer = Characters.from_text("ab ")
+    rows, _, model = samples(tmp_path / "a.txt", tokenizer)
+    assert rows == [tokenizer.encode("abba " * 9)[i : i + 32] for i in (0, 32)]
+    assert model.given[0][0].shape == (2, 32) and model.given[0][1].sum() == 45
 
 
 def test_num_samples_are_taken_from_all_texts_in_turn(tmp_path):
