@@ -134,7 +134,7 @@ class Stream:
 
 
 def load_tokenizer(folder: "str | os.PathLike") -> "BPE | Characters":
-    """The tokenizer of a checkpoint's folder: meta.json, or vocab.json and merges.txt, or GPT-2's own."""
+    """The tokenizer of a checkpoint's folder: meta.json, vocab.json and merges.txt, tokenizer.json, or GPT-2's own."""
     folder = Path(folder)
     if (folder / "meta.json").exists():
         chars = _read_json(folder / "meta.json").get("chars")
@@ -146,9 +146,11 @@ def load_tokenizer(folder: "str | os.PathLike") -> "BPE | Characters":
         return BPE.from_ranks(*_read_vocabulary(folder / "vocab.json", folder / "merges.txt"))
     if any(here):
         raise ValueError(f"{folder} must hold both vocab.json and merges.txt, or neither")
+    if (folder / "tokenizer.json").exists():  # all that transformers 5 saves
+        return BPE.from_ranks(*_read_tokenizer(folder / "tokenizer.json"))
     if _read_json(folder / "config.json").get("vocab_size") == 50257:  # GPT-2's weights without its vocabulary
         return gpt2_bpe()
-    raise ValueError(f"{folder} has no tokenizer: neither vocab.json and merges.txt nor meta.json")
+    raise ValueError(f"{folder} has no tokenizer: meta.json, vocab.json and merges.txt, or tokenizer.json")
 
 
 def gpt2_bpe() -> BPE:
@@ -182,20 +184,39 @@ def _read_vocabulary(vocab_path: Path, merges_path: Path) -> tuple[dict[bytes, i
     """Ranks and special tokens from GPT-2's file format.
 
     Read here and not by tiktoken's reader, which keeps a copy of each local file in a cache that may be read-only.
-    tiktoken merges the pair whose token has the lowest id, and merges.txt has an order too: they must agree, line by
-    line and to the last token, or text would be cut in another way than in training.
     """
-    vocab = _read_json(vocab_path)
+    lines = _read_text(merges_path).split("\n")
+    lines = lines[lines[0].startswith("#version") :]
+    return _ranks(_read_json(vocab_path), [line for line in lines if line], vocab_path, merges_path)
+
+
+def _read_tokenizer(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+    """The same from one file, of the package tokenizers, which can hold other kinds too."""
+    content = _read_json(path)
+    try:
+        model, split, special = content["model"], content["pre_tokenizer"], content["added_tokens"]
+        vocab = model["vocab"] | {token["content"]: token["id"] for token in special}
+        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        names = model["type"], split["type"], *(token["content"] for token in special)
+        other = not split.get("use_regex", True) or split.get("add_prefix_space") or content["normalizer"]
+        known = names == ("BPE", "ByteLevel", END_OF_TEXT) and not other
+    except (TypeError, KeyError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} must be GPT-2's kind: byte-level BPE, and no special token but {END_OF_TEXT}")
+    return _ranks(vocab, lines, path, path)
+
+
+def _ranks(vocab: dict, lines: list[str], vocab_path: Path, merges_path: Path):
+    """tiktoken merges the pair whose token has the lowest id, and merges have an order too: they must agree, line by
+    line and to the last token, or text would be cut in another way than in training."""
     if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(f"{vocab_path} must number its tokens from 0 on, each with a number of its own")
     byte_of = byte_of_character()
     made, last = set(byte_of), -1
-    lines = _read_text(merges_path).split("\n")
-    for line in lines[lines[0].startswith("#version") :]:
+    for line in lines:
         left, _, right = line.partition(" ")
         token = left + right
-        if not line:
-            continue
         if left not in made or right not in made or token == END_OF_TEXT or vocab.get(token, -1) <= last:
             raise ValueError(f"{merges_path} does not fit {vocab_path.name} at the line {line!r}")
         made.add(token)

@@ -71,13 +71,6 @@ WORKFLOW = """jobs:
       - if: always()
         run: cat report.md
 """
-MUTANTS = """[[mutant]]
-about = "it imports nothing"
-file = "shared/__init__.py"
-right = "import numpy"
-wrong = ""
-tests = "tests/shared"
-"""
 
 
 def write(path: Path, text: str) -> None:
@@ -98,8 +91,6 @@ def make_house(root: Path) -> None:
     write(root / "Makefile", MAKEFILE)
     write(root / ".ci" / "run", CI)
     write(root / ".github" / "workflows" / "ci.yml", WORKFLOW)
-    for env in ("shared", "alpha", "beta"):
-        write(root / "tests" / env / "mutants.toml", MUTANTS)
     for folder in ("shared", "house", "docs", "parity"):
         write(root / "tests" / folder / "test_it.py", "def test_it(): ...\n")
     for name in ("__init__", "tokenizer", "sampling"):

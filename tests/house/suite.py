@@ -7,7 +7,6 @@ workflows, conftest.py, marks in tests. An option that is not known to be harmle
 import ast
 import configparser
 import re
-from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -27,11 +26,10 @@ VARIABLES = re.compile(r"PYTEST_ADDOPTS|PYTEST_PLUGINS|PYTEST_DISABLE|TOX_SKIP_E
 # a shell's ways to go on after a failure
 IGNORES = re.compile(r"\|\||;\s*(true|:)|set\s+\+e|^\s*!|&\s*$|\b(trap|exit|exec)\b|continue-on-error")
 HOOKS = {
-    "pytest_ignore_collect", "pytest_collection_modifyitems", "pytest_itemcollected", "pytest_pycollect_makeitem",
+    "pytest_ignore_collect", "pytest_itemcollected", "pytest_pycollect_makeitem",
     "pytest_collect_file", "pytest_runtest_makereport", "pytest_runtest_protocol", "pytest_report_teststatus",
     "pytest_sessionfinish", "collect_ignore", "collect_ignore_glob", "pytest_plugins",
 }  # fmt: skip
-KEYS = ("about", "file", "right", "wrong", "tests")  # of a mutant
 
 
 def complaints(root: Path, files: list[Path], envs: list[str]) -> list[str]:
@@ -40,7 +38,7 @@ def complaints(root: Path, files: list[Path], envs: list[str]) -> list[str]:
     for path in files:
         if path.parts[0] == "tests" and path.suffix == ".py":
             found += [*_marks(path, read(root / path)), *_referees(root, files, path)]
-    return [*found, *_mutants(root, envs)]
+    return found
 
 
 def read(path: Path) -> str:
@@ -113,6 +111,8 @@ def _marks(path, text):
         what = ""
         if path.name == "conftest.py" and name in HOOKS or name == "__test__":
             what = name
+        elif name == "pytest_collection_modifyitems" and isinstance(node, ast.FunctionDef):
+            what = name * (not _only_looks(node))
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("pytest.mark.skip", "pytest.mark.xfail"):
             what = ast.unparse(node) * (path.as_posix() != "tests/docs/conftest.py")  # where no README was named
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.skipif":
@@ -121,6 +121,12 @@ def _marks(path, text):
             what = "allow_module_level"
         if what:
             yield f"{path.as_posix()}:{getattr(node, 'lineno', 1)} has {what}, which may deselect tests"
+
+
+def _only_looks(hook):
+    """Whether it does no more with its items than go through them."""
+    loops = [node.iter for node in ast.walk(hook) if isinstance(node, ast.For)]
+    return all(node in loops for node in ast.walk(hook) if isinstance(node, ast.Name) and node.id == "items")
 
 
 def _referees(root, files, path):
@@ -183,29 +189,3 @@ def _ci(root, files):
                 yield f"{path.as_posix()} ignores the outcome of {line.strip()}"
     if not any(re.search(r"^\s*- run: \.ci/run$", read(root / path), re.M) for path in workflows):
         yield "no workflow runs .ci/run"
-
-
-# -- mutants
-
-
-def _mutants(root, envs):
-    """The lists that tests/tools/mutants.py plants: each project's, and that each entry can be planted."""
-    for env in ("shared",):
-        path = root / "tests" / env / "mutants.toml"
-        try:
-            mutants = tomllib.loads(read(path)).get("mutant", [])
-        except tomllib.TOMLDecodeError as error:
-            yield f"tests/{env}/mutants.toml cannot be read: {error}"
-            continue
-        if not mutants:
-            yield f"tests/{env}/mutants.toml is missing or empty"
-        for number, mutant in enumerate(mutants, 1):
-            if {*mutant} != {*KEYS} or not all(isinstance(value, str) for value in mutant.values()):
-                yield f"tests/{env}/mutants.toml: mutant {number} must have {', '.join(KEYS)}"
-                continue
-            times = read(root / mutant["file"]).count(mutant["right"])
-            if times != 1 or mutant["wrong"] == mutant["right"]:
-                yield f"tests/{env}/mutants.toml cannot plant {mutant['about']!r}: right is there {times} times"
-        for about, times in Counter(mutant.get("about") for mutant in mutants).items():
-            if times > 1:
-                yield f"tests/{env}/mutants.toml has {about!r} {times} times"

@@ -4,7 +4,6 @@ import pytest
 from house import complaints
 from made_up import write
 
-SHARED = "tests/shared/mutants.toml"
 # of each file: what stands there, what a hand puts in its place, and what the house says of it
 FAULTS = {
     "tox.ini": [
@@ -126,13 +125,6 @@ FAULTS = {
         ("cat report.md", "cat report.md || true", "ci.yml ignores the outcome of run"),
         ("- run: .ci/run", "- run: make", "no workflow runs .ci/run"),
     ],
-    "tests/shared/mutants.toml": [
-        ("[[mutant]]", "[[none]]", "tests/shared/mutants.toml is missing or empty"),
-        ("import numpy", "import torch", "tests/shared/mutants.toml cannot plant 'it imports nothing'"),
-        ('wrong = ""', 'wrong = "import numpy"', "tests/shared/mutants.toml cannot plant"),
-        ('tests = "tests/shared"', "", "tests/shared/mutants.toml: mutant 1 must have about"),
-        ("[[mutant]]", "[[mutant", "tests/shared/mutants.toml cannot be read"),
-    ],
 }
 
 
@@ -153,11 +145,6 @@ def test_what_chooses_no_tests_is_allowed(made_up):
     text = (made_up / "tox.ini").read_text(encoding="utf-8")
     write(made_up / "tox.ini", text.replace("{posargs}", f"{options} {{posargs}}"))
     write(made_up / "tests/alpha/test_numpy.py", "import pytest\npytest.importorskip('numpy')")
+    write(made_up / "tests/conftest.py", "def pytest_collection_modifyitems(items):\n for item in items: print(item)")
     write(made_up / "tests/alpha/conftest.py", "import pytest\nx = pytest.mark.skipif(not engine, reason='none')")
     assert complaints(made_up) == []
-
-
-def test_a_list_of_mutants_has_each_fault_once(made_up):
-    path = made_up / SHARED
-    write(path, 2 * path.read_text(encoding="utf-8"))
-    assert complaints(made_up) == [f"{SHARED} has 'it imports nothing' 2 times"]

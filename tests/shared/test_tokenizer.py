@@ -273,6 +273,50 @@ def test_files_that_do_not_fit_are_named_with_the_place(small_folder, file, befo
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def saved_folder(small_folder, tmp_path_factory):
+    """The same vocabulary, in the one file that transformers saves."""
+    files = [str(small_folder / name) for name in ("vocab.json", "merges.txt")]
+    transformers.GPT2Tokenizer(*files).save_pretrained(folder := tmp_path_factory.mktemp("saved"))
+    assert not (folder / "vocab.json").exists()
+    return folder
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_what_transformers_saves_gives_its_ids(saved_folder, text):
+    ids = load_tokenizer(saved_folder).encode(f"hello{text}")
+    assert ids == transformers.AutoTokenizer.from_pretrained(saved_folder)(f"hello{text}")["input_ids"]
+    assert ids[0] == 258
+
+
+def test_another_vocabulary_of_gpt2s_size_is_not_taken_for_gpt2s(saved_folder):
+    (saved_folder / "config.json").write_text('{"vocab_size": 50257}', encoding="utf-8")
+    assert load_tokenizer(saved_folder).n_vocab == 260
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"type":"BPE"', '"type":"Unigram"'),
+        ('"type":"ByteLevel"', '"type":"Whitespace"'),
+        ('"add_prefix_space":false', '"add_prefix_space":true'),
+        ('"use_regex":true', '"use_regex":false'),
+        ('"normalizer":null', '"normalizer":{"type":"NFC"}'),
+        ('"content":"<|endoftext|>"', '"content":"<pad>"'),
+        ('"added_tokens":[', '"added_tokens":[{"id":260,"content":"<pad>"},'),
+        ('"pre_tokenizer":', '"other":'),
+        ('"model":', '"model":null,"other":'),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(saved_folder, before, after):
+    path = saved_folder / "tokenizer.json"
+    text = json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"))
+    assert before in text
+    path.write_text(text.replace(before, after, 1), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be GPT-2's kind: byte-level BPE"):
+        load_tokenizer(saved_folder)
+
+
 def test_a_file_that_is_no_utf8_is_named(small_folder):
     (small_folder / "merges.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"merges\.txt cannot be read"):
@@ -283,7 +327,7 @@ def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 65}', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"has no tokenizer: neither vocab\.json and merges\.txt nor meta\.json"):
+    with pytest.raises(ValueError, match="has no tokenizer: meta.json, vocab.json and merges.txt, or tokenizer.json"):
         load_tokenizer(tmp_path)
 
 
