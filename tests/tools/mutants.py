@@ -71,7 +71,9 @@ def run_tests(python: Path, copy: Path, tests: str) -> tuple[int, str]:
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     try:
-        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+        run = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=LIMIT_S
+        )
     except subprocess.TimeoutExpired:
         return 1, f"no end in {LIMIT_S} s"
     return run.returncode, run.stdout[-2000:] + run.stderr[-1000:]
