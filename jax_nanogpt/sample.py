@@ -100,7 +100,7 @@ def main(argv=None):
     name, why, config, params, tokenizer = load_model(args.init_from, args.out_dir, args.dtype)
     prompt = tokenizer.encode(start)
     if not prompt and tokenizer.eot is None:
-        raise ValueError("start is empty, and a model of characters has no <|endoftext|>: give it a character")
+        raise ValueError("prompt must not be empty: this model has no <|endoftext|>")
     print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}", flush=True)
 
     prompt = prompt or [tokenizer.eot]

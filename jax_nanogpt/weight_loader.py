@@ -123,7 +123,7 @@ def read_tensors(folder, shapes):
     for file in weight_files(folder):
         try:
             loaded = load_file(file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, AttributeError, SafetensorError) as error:  # NumPy lacks an attribute float8_e4m3fn
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
         for full_name, tensor in loaded.items():
             name = full_name.removeprefix("transformer.")

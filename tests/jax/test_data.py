@@ -4,11 +4,10 @@ import hashlib
 import http.client
 import io
 import json
-import subprocess
 import sys
 import urllib.error
 from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -19,21 +18,24 @@ from jax_nanogpt.data.openwebtext import prepare as openwebtext
 from jax_nanogpt.train import Config, cut, draw_starts
 from shared.tokenizer import find_model, load_tokenizer
 
-DATA = Path(corpus.__file__).parent
 TEXT = "First Citizen:\nWe are accounted poor citizens, the patricians good; ünïcödé.\n\n" * 200
 
 
-def prepare(name, tmp_path, *flags, folder=None):
-    """data/NAME/prepare.py, in a copy of the project's layout, so that nothing is written into this checkout."""
-    root = tmp_path / "root"
-    target = root / "jax_nanogpt" / "data" / name
-    target.mkdir(parents=True)
-    (target / "prepare.py").write_text((DATA / name / "prepare.py").read_text(encoding="utf-8"), encoding="utf-8")
-    for module in ("data/corpus.py", "configurator.py", "files.py"):
-        (root / "jax_nanogpt" / module).write_text((DATA.parent / module).read_text(encoding="utf-8"), encoding="utf-8")
-    (root / "shared").symlink_to(DATA.parents[1] / "shared")
-    command = [sys.executable, target / "prepare.py", *map(str, flags)]
-    return target, subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+@pytest.fixture
+def prepare(tmp_path, monkeypatch, capsys):
+    """data/NAME/prepare.py, which writes into a folder of tmp_path: -> (folder, exit status, what it printed)."""
+
+    def call(name, *flags):
+        module, folder = import_module(f"jax_nanogpt.data.{name}.prepare"), tmp_path / "data" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(module, "HERE", folder)
+        try:
+            status = module.main([*map(str, flags)]) or 0
+        except SystemExit as error:
+            status = error.code
+        return folder, status, capsys.readouterr()
+
+    return call
 
 
 def splits_of(folder):
@@ -53,27 +55,33 @@ def local_copy(tmp_path):
     [("shakespeare_char", ()), ("shakespeare", ("--model", "gpt2-nano")), ("shakespeare", ())],
     ids=["characters", "nano's tokens", "GPT-2's tokens"],
 )
-def test_a_local_copy_becomes_bins_that_decode_to_it(name, flags, local_copy, tmp_path):
-    folder, result = prepare(name, tmp_path, "--input", local_copy, *flags)
-    assert result.returncode == 0, result.stderr
-    assert "is not tiny Shakespeare as published" in result.stdout
+def test_a_local_copy_becomes_bins_that_decode_to_it(name, flags, local_copy, prepare):
+    folder, status, printed = prepare(name, "--input", local_copy, *flags)
+    assert status == 0 and "is not tiny Shakespeare as published" in printed.out
     train, val = splits_of(folder)
     assert train + val == TEXT and len(train) == int(0.9 * len(TEXT))
     assert not [path for path in folder.iterdir() if path.suffix in (".pkl", ".part")]
 
 
-def test_pythons_own_text_needs_nothing_and_repeats_little(tmp_path):
-    folder, result = prepare("pydoc_char", tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_a_dataset_in_other_tokens_forgets_the_former_tokenizer(local_copy, prepare):
+    folder, _, _ = prepare("shakespeare", "--input", local_copy, "--model", "gpt2-nano")
+    assert load_tokenizer(folder).n_vocab == load_tokenizer(find_model("gpt2-nano").folder).n_vocab
+    prepare("shakespeare", "--input", local_copy)
+    assert load_tokenizer(folder).n_vocab == 50257 and splits_of(folder)[0] == TEXT[: int(0.9 * len(TEXT))]
+
+
+def test_pythons_own_text_needs_nothing_and_repeats_little(prepare):
+    folder, status, _ = prepare("pydoc_char")
+    assert status == 0
     train, val = splits_of(folder)
     assert len(train) > 200_000 and abs(len(val) / (len(train) + len(val)) - 0.1) < 0.001
     seen = corpus.shingles(train)
     assert len(seen) > 0.85 * len(train)
 
 
-def test_nanos_data_holds_out_what_heldout_json_names(local_copy, tmp_path):
-    folder, result = prepare("nano", tmp_path, "--input", local_copy)
-    assert result.returncode == 0, result.stderr
+def test_nanos_data_holds_out_what_heldout_json_names(local_copy, prepare):
+    folder, status, _ = prepare("nano", "--input", local_copy)
+    assert status == 0
     held = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))
     names = held["pydoc_data.topics"]["topics"]
     train, val = splits_of(folder)
@@ -88,24 +96,28 @@ def test_nanos_data_holds_out_what_heldout_json_names(local_copy, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["shakespeare_char", "nano"])
-def test_without_a_network_one_line_says_both_ways_on(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
-    folder, result = prepare(name, tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "--input FILE" in result.stderr and "data/pydoc_char/prepare.py" in result.stderr
-    assert [path.name for path in folder.iterdir()] == ["prepare.py"]
+def test_without_a_network_one_line_says_both_ways_on(name, prepare, monkeypatch):
+    def urlopen(url, timeout):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(corpus.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(corpus.time, "sleep", lambda seconds: None)
+    folder, status, printed = prepare(name)
+    assert status == 2 and printed.err.count("\n") == 1 and "no route to host" in printed.err
+    assert "--input FILE" in printed.err and "data/pydoc_char/prepare.py" in printed.err
+    assert not list(folder.iterdir())
 
 
-def test_a_text_too_short_to_split_is_refused_and_writes_nothing(tmp_path):
+def test_a_text_too_short_to_split_is_refused_and_writes_nothing(prepare, tmp_path):
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")
-    folder, result = prepare("shakespeare_char", tmp_path, "--input", tmp_path / "empty.txt")
-    assert result.returncode == 2 and "with 0 characters; 100 or more are expected" in result.stderr
-    assert [path.name for path in folder.iterdir()] == ["prepare.py"]
+    folder, status, printed = prepare("shakespeare_char", "--input", tmp_path / "empty.txt")
+    assert status == 2 and "with 0 characters; 100 or more are expected" in printed.err
+    assert not list(folder.iterdir())
 
 
-def test_a_missing_local_copy_is_one_line(tmp_path):
-    _, result = prepare("shakespeare_char", tmp_path, "--input", tmp_path / "nowhere")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--input is" in result.stderr
+def test_a_missing_local_copy_is_one_line(prepare, tmp_path):
+    _, status, printed = prepare("shakespeare_char", "--input", tmp_path / "nowhere")
+    assert status == 2 and printed.err.count("\n") == 1 and "--input is" in printed.err
 
 
 def test_a_download_is_tried_again_and_checked(monkeypatch, capsys):
@@ -164,6 +176,16 @@ def batches(text, config, first, count):
     return cut(text, draw_starts(len(text), config, first, count), config.block_size)
 
 
+@pytest.mark.parametrize("draw", ["anywhere", "epochs"])
+def test_a_resumed_run_sees_the_examples_that_an_unbroken_one_would(draw):
+    config = Config(draw=draw, block_size=16, batch_size=4, gradient_accumulation_steps=2)
+    text = np.arange(1000, dtype=np.uint16)
+    examples = batches(text, config, 0, 20)
+    np.testing.assert_array_equal(batches(text, config, 7, 3), examples[7:10])
+    assert len(np.unique(examples[..., 0])) > 40  # of 160: iterations do not repeat one another
+    assert (batches(text, replace(config, seed=1), 0, 20) != examples).any()
+
+
 def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
     config = Config(draw="epochs", block_size=16, batch_size=4, gradient_accumulation_steps=2)
     text, windows = np.arange(1000, dtype=np.uint16), 1000 // 16 - 1
@@ -174,9 +196,6 @@ def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
     for epoch in epochs:  # side by side: together they are one unbroken stretch
         assert np.diff(np.sort(epoch)).tolist() == [16] * (windows - 1) and np.diff(epoch).min() < 0
     assert (epochs[0] // 16).tolist() != (epochs[1] // 16).tolist()
-    np.testing.assert_array_equal(batches(text, config, 7, 3), examples[7:10])  # as a resumed run asks for them
-    other = batches(text, replace(config, seed=1), 0, 20)
-    assert (other != examples).any()
 
 
 @pytest.mark.parametrize("draw", ["anywhere", "epochs"])

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import count
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.train import Config, train_iterations
 
 DIMENSIONS = {"kernel": (((2,), (0,)), ((), ())), "tied head": (((2,), (1,)), ((), ()))}
-MODEL = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64, bias=True, dropout=0.1)
+MODEL = GPTConfig(block_size=32, vocab_size=65, n_layer=1, n_head=2, n_embd=64, bias=True, dropout=0.1)
 
 
 def product_and_gradients(dot, dimensions, dtype):
@@ -87,6 +88,18 @@ def test_it_steps_aside(cpu, bfloat16, dtype, monkeypatch):
     assert str(programs[0]) == str(programs[1])
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("avx2 f16c", False), ("avx2 avx512f avx512bw", False), ("avx512f avx512_bf16", True), ("amx_bf16", True)],
+)
+def test_bfloat16_instructions_are_those_that_linux_lists(flags, expected, monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(speed, "Path", lambda _: cpuinfo)
+    assert not speed.has_bfloat16.__wrapped__()  # another system than Linux
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n", encoding="utf-8")
+    assert speed.has_bfloat16.__wrapped__() == expected
+
+
 def test_the_device_chosen_decides_not_the_best_there_is(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.default_device(None):
@@ -95,14 +108,21 @@ def test_the_device_chosen_decides_not_the_best_there_is(monkeypatch):
         assert speed.on_cpu()
 
 
-def test_the_ideas_are_timed_on_programs_that_differ_and_learn_the_same(capsys, monkeypatch, tmp_path):
+def test_the_ideas_are_programs_that_differ_and_the_table_shows_each_ones_time(capsys, monkeypatch, tmp_path):
+    """On a toy shape, by a clock on which the first of them takes 0.1 s for ten iterations, the second 0.2 s, ..."""
     pytest.importorskip("torch")
+    examples, texts, times = np.zeros((10, 1, 2, 17), np.int32), [], count(1)
+    toy = Config(), replace(MODEL, block_size=16), examples
     monkeypatch.setattr(bench_step, "ROUNDS", 1)
-    monkeypatch.setattr("sys.argv", ["bench_step.py", f"--to={tmp_path / 'step.png'}"])
-    texts = []
-    lower = jax.stages.Lowered.compile
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: texts.append(self.as_text()) or lower(self))
-    bench_step.main()
+    monkeypatch.setattr(bench_step, "shakespeare", lambda: toy)
+    monkeypatch.setattr(bench_step, "seconds", lambda call: (call(), next(times) / 10)[1])
+
+    def compile(lowered):
+        texts.append(lowered.as_text())
+        return lambda params, opt_state, *_: (params, opt_state, jnp.zeros(10))
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+    bench_step.main([f"--to={tmp_path / 'step.png'}"])
     assert len(set(texts)) == 5 and (tmp_path / "step.png").stat().st_size > 10_000
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and all(float(line.split(" ms")[0].split()[-1]) > 1 for line in lines[1:])
+    found = [line.rsplit(maxsplit=6) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [(float(ms), float(ratio)) for _, ms, _, ratio, *_ in found] == [(10.0 * n, n) for n in range(1, 8)]

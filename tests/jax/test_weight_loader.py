@@ -229,12 +229,12 @@ def test_tensors_of_another_model_are_refused(change, message, folder):
 
 def test_a_tensor_that_two_shards_hold_is_refused(folder):
     tensors = load_file(folder / WHOLE)
-    write_shards(folder, tensors)
-    write(folder, {"ln_f.bias": tensors["transformer.ln_f.bias"]}, "more.safetensors")
+    write_shards(folder, {name.removeprefix("transformer."): tensors[name] for name in tensors})
+    write(folder, {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"]}, "more.safetensors")
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    index["weight_map"]["ln_f.bias"] = "more.safetensors"
+    index["weight_map"]["transformer.ln_f.bias"] = "more.safetensors"
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"more.safetensors: ln_f.bias is given twice"):
+    with pytest.raises(ValueError, match=r"more.safetensors: transformer.ln_f.bias is given twice"):
         weight_loader.load(folder)
 
 
@@ -275,6 +275,13 @@ def test_weights_in_another_format_or_damaged_are_refused_in_one_line(folder):
         with pytest.raises(ValueError, match=f"{WHOLE} cannot be read as safetensors: ") as caught:
             weight_loader.load(folder)
         assert "\n" not in str(caught.value)
+
+
+def test_float8_is_refused_in_one_line(folder):
+    header = b'{"wte.weight": {"dtype": "F8_E4M3", "shape": [50, 16], "data_offsets": [0, 800]}}'
+    (folder / WHOLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(800))
+    with pytest.raises(ValueError, match=f"{WHOLE} cannot be read as safetensors: .*float8_e4m3fn"):
+        weight_loader.load(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\udcff"])
