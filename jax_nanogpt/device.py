@@ -46,9 +46,9 @@ def forget_damaged(folder):
 
 
 def take_enough_threads():
-    """XLA's CPU client starts a thread a core, or a device. A collective blocks one for each device that waits, and
-    several run at once: on two cores four devices came to wait for each other for ever. PJRT_NPROC is XLA's own
-    variable for their number, and is read when the first device is asked for."""
+    """XLA's CPU client starts as many threads as there are cores or devices. Each collective blocks one thread per
+    device, and several collectives run at once: four devices on two cores deadlocked. PJRT_NPROC is XLA's variable for
+    the number of threads, read when the first device is asked for."""
     counts = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     devices = int(counts[-1]) if counts else 1
     if devices > 1 or jax.distributed.is_initialized():
