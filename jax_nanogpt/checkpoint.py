@@ -42,6 +42,7 @@ def quiet(unraisable):
 
 sys.unraisablehook = quiet
 SIZES = "sizes.json"  # of the files beside it
+DELETED = "deleted"  # where a step is moved before its files go, so that none half-deleted is taken for a damaged one
 ITEMS = ("params", "opt_state", "about")  # apart, so that sampling reads the parameters alone
 
 
@@ -97,6 +98,8 @@ class Checkpoints:
             hold(out_dir)
         if purpose == "afresh" and leads():
             self.put_run_aside()
+        if self.writable:
+            self.remove_deleted()
         for step in steps_in(self.folder):
             if damage := truncated(self.folder / str(step)):
                 self.put_aside(step, damage)
@@ -108,6 +111,7 @@ class Checkpoints:
             best_fn=val_loss,
             best_mode="min",
             cleanup_tmp_directories=self.writable,
+            todelete_subdir=DELETED if self.writable else None,
             read_only=not self.writable,
             enable_async_checkpointing=False,
         )
@@ -122,6 +126,10 @@ class Checkpoints:
             self.folder.rename(aside)
         elif self.folder.exists():
             shutil.rmtree(self.folder)
+
+    def remove_deleted(self):
+        if leads():
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def put_aside(self, step, error):
         """A damaged step goes where no one takes it for a good one; to one that only reads it is an error."""
@@ -150,6 +158,7 @@ class Checkpoints:
         )
         try:
             self.manager.save(step, args=items, metrics={"val_loss": val_loss})
+            self.remove_deleted()
             if leads():
                 folder = self.folder / str(step)
                 write_text(folder / SIZES, json.dumps(sizes_in(folder)))

@@ -12,6 +12,7 @@ import jax
 NAMES = ("auto", "cpu", "gpu", "tpu")
 LOST_S = 30  # without a sign of life, after which a process is given up
 CPUINFO = Path("/proc/cpuinfo")
+THREADS = 32  # for each of several CPU devices
 
 
 def keep_compiled():
@@ -44,9 +45,20 @@ def forget_damaged(folder):
     warnings.showwarning = look
 
 
+def take_enough_threads():
+    """XLA's CPU client starts as many threads as there are cores or devices. Each collective blocks one thread per
+    device, and several collectives run at once: four devices on two cores deadlocked. PJRT_NPROC is XLA's variable for
+    the number of threads, read when the first device is asked for."""
+    counts = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = int(counts[-1]) if counts else 1
+    if devices > 1 or jax.distributed.is_initialized():
+        os.environ.setdefault("PJRT_NPROC", str(max(THREADS * devices, os.cpu_count() or 1)))
+
+
 def choose_devices(name):
     """All devices of a kind, made the default; auto is the best kind that JAX finds here."""
     keep_compiled()
+    take_enough_threads()
     if name not in NAMES:
         raise ValueError(f"device is {name}, one of {', '.join(NAMES)} is expected")
     try:

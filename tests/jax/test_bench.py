@@ -77,20 +77,6 @@ def test_mbu_is_the_bytes_of_the_steps_over_what_memory_could_read_meanwhile(clo
     assert elsewhere["mbu"] is None
 
 
-def test_a_step_reads_each_weight_once_and_each_texts_keys_and_values():
-    """By transformers' arrays: all but the position embeddings, and a cache of as many positions."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    c = CONFIG
-    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
-    config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, **shape)
-    model = transformers.GPT2LMHeadModel(config)
-    weights = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
-    for batch, positions in (1, 1), (3, 7):
-        cache = model(torch.zeros((batch, positions), dtype=torch.long)).past_key_values
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert bench.step_bytes(c, init_params(c, jax.random.key(0)), batch, positions) == weights + held
-
-
 def test_the_time_to_the_first_token_of_decoding_is_measured_alone(monkeypatch, report):
     """The middle of calls that make one token after the same prompt."""
     made, times = [], cycle([0.3, 0.1, 0.2])

@@ -1,6 +1,7 @@
-"""bench.py and bench_gpu.py run from end to end, on toys: half a second for whatever is to be timed, and is not run."""
+"""bench.py and bench_gpu.py beside torch and transformers, on toys: what is to be timed takes half a second, unrun."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -59,3 +60,17 @@ def test_the_measuring_script_runs_with_its_peer(capsys):
     params = init_params(config, jax.random.key(0))
     assert results[0]["parameters"] == count_params(params)
     assert results[0]["mfu"] == bench_gpu.arithmetic(config, params, 3 * 2 * 16 / 0.5, 1e-4)["mfu"] > 0
+
+
+def test_a_step_reads_each_weight_once_and_each_texts_keys_and_values():
+    """By transformers' arrays: all but the position embeddings, and a cache of as many positions."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    c = replace(CONFIG, n_layer=2)
+    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, **shape)
+    model = transformers.GPT2LMHeadModel(config)
+    weights = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
+    for batch, positions in (1, 1), (3, 7):
+        cache = model(torch.zeros((batch, positions), dtype=torch.long)).past_key_values
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert bench.step_bytes(c, init_params(c, jax.random.key(0)), batch, positions) == weights + held

@@ -1,7 +1,9 @@
 """checkpoint.py and files.py alone: which steps stay, what is put aside, and that a file is replaced whole or not."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,26 @@ def test_the_last_two_and_the_best_stay(out_dir):
     reader = Checkpoints(out_dir)
     assert (reader.best(), reader.last()) == (2, 5)
     assert last_good(out_dir) == f"the last good checkpoint: iteration 5 in {out_dir}"
+
+
+def test_no_step_is_half_deleted_while_it_counts(out_dir, monkeypatch):
+    """A kill in between left one that a reader refused as damaged."""
+    removed, remove = [], shutil.rmtree
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, *rest, **more: removed.append(path) or remove(path, *rest, **more)
+    )
+    checkpoints = Checkpoints(out_dir, "afresh")
+    save(checkpoints, {1: 3.0, 2: 2.0, 3: 1.0})
+    assert [path.name for path in (out_dir / "checkpoints").iterdir() if path.name != "3"] == ["2"]
+    assert removed and all(path.name == "deleted" for path in map(Path, removed))
+
+
+def test_what_a_kill_left_of_deleted_steps_goes_with_the_next_start_to_train(out_dir):
+    save(Checkpoints(out_dir, "afresh"), {1: 1.0})
+    (out_dir / "checkpoints" / "deleted" / "0").mkdir(parents=True)
+    assert Checkpoints(out_dir).last() == 1
+    assert Checkpoints(out_dir, "resume").last() == 1
+    assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_fresh_start_puts_the_former_run_aside_and_the_one_before_that_goes(out_dir):

@@ -69,6 +69,27 @@ def test_a_device_that_is_not_there_is_an_error_and_no_cpu_run():
         device.choose_devices("cuda")
 
 
+def test_several_cpu_devices_get_threads_enough_to_wait_for_each_other(monkeypatch):
+    """XLA's own number is the larger one of cores and devices, with which collectives that run at once deadlock."""
+
+    def threads(xla_flags, **more):
+        monkeypatch.delenv("PJRT_NPROC", raising=False)
+        for name, value in {"XLA_FLAGS": xla_flags, **more}.items():
+            monkeypatch.setenv(name, value)
+        device.choose_devices("cpu")
+        return os.environ.get("PJRT_NPROC")
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert threads("") is None  # one device's arithmetic is not to be cut up for more threads than cores
+    assert threads("--xla_force_host_platform_device_count=1") is None
+    assert threads("--xla_force_host_platform_device_count=4") == str(4 * device.THREADS)
+    assert threads("--xla_force_host_platform_device_count=4", PJRT_NPROC="7") == "7"
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert threads("") == str(device.THREADS)
+    monkeypatch.setattr(os, "cpu_count", lambda: 100)
+    assert threads("") == "100"
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """keep_compiled's settings, which are the process's: as they were, afterwards."""

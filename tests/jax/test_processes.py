@@ -176,15 +176,24 @@ def test_a_mistake_ends_in_one_line_and_status_2_also_where_all_make_it(launch, 
 # the launcher alone, over scripts that stand for train.py
 
 
+SAY = """
+import os, signal, sys
+number = int(sys.argv[-1][-1])
+
+def say(text):
+    os.write(1, f"{text}\\n".encode())  # at once: two processes share the pipe
+"""
+
+
 def launched(tmp_path, script):
-    (tmp_path / "train.py").write_text(f"import os, signal, sys, time\nnumber = int(sys.argv[-1][-1])\n{script}")
+    (tmp_path / "train.py").write_text(SAY + script, encoding="utf-8")
     command = [sys.executable, "-c", LAUNCH_WATCHED, tmp_path / "train.py", "2", "--key=value"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return subprocess.Popen(command, env=environment(), **options)
 
 
 def test_the_launcher_tells_each_its_number_and_where_the_first_one_listens(tmp_path):
-    printed, _ = launched(tmp_path, "print(sys.argv[1:])").communicate(timeout=END_S)
+    printed, _ = launched(tmp_path, "say(sys.argv[1:])").communicate(timeout=END_S)
     flags = [json.loads(line.replace("'", '"')) for line in sorted(printed.splitlines())]
     assert [sorted(words)[2:] for words in flags] == [
         ["--num_processes=2", f"--process_id={number}"] for number in (0, 1)
@@ -211,9 +220,7 @@ def test_the_launcher_ends_with_the_status_of_the_first_that_fails(tmp_path):
 
 
 def test_the_launcher_passes_a_signal_on(tmp_path):
-    process = launched(
-        tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nprint(number, flush=True)\nsignal.pause()"
-    )
+    process = launched(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nsay(number)\nsignal.pause()")
     assert {process.stdout.readline() for _ in range(2)} == {"0\n", "1\n"}
     process.terminate()
     process.communicate(timeout=END_S)
