@@ -2,7 +2,7 @@
 
 PyTorch's product of one row and a float32 matrix reads the weights at a third of the speed that the memory has (MKL, on
 an AMD EPYC). oneDNN's, which torch.compile uses too, is three times as fast with the weights packed in its own layout.
-It needs AVX-512 or better for bfloat16; where oneDNN cannot, PyTorch's plain product stays.
+For bfloat16 it needs AVX-512 or AVX-NE-CONVERT; on other CPUs PyTorch's plain product stays.
 """
 
 import torch

@@ -2,8 +2,9 @@
 
 What it refuses, the real one refuses or gets wrong: arguments by position, inputs that are no tensors, other shapes or
 dtypes than those traced, aliases of what is no parameter, control flow that depends on data. As there, the state is in
-`trace.states`, and move_trace_to_device puts other tensors in its place. Without --auto-cast=none float32 is rounded to
-bfloat16; without --enable-saturate-infinity a trn1's masks overflow.
+`trace.states`, and move_trace_to_device puts other tensors in its place. Tracing leaves in the state what the function
+wrote there. Without --auto-cast=none float32 is rounded to bfloat16; without --enable-saturate-infinity a trn1's masks
+overflow.
 """
 
 import importlib.machinery
@@ -126,6 +127,7 @@ def make(aliased_are_returned=False):
         for replayed, computed in zip(compiled(data), graph(data), strict=True):
             if not torch.allclose(replayed, computed, atol=1e-3):
                 raise RuntimeError("control flow depends on data: the trace gives another result than the function")
+        states = [out[index] for index in outputs]
         shown = len(out) if aliased_are_returned else len(out) - len(outputs)
         module.traced.append(
             types.SimpleNamespace(kind=type(func).__name__, args=options, inline=inline_weights_to_neff, names=names)

@@ -6,8 +6,10 @@ import json
 import types
 
 import pytest
+import torch
+import transformers
 
-from neuron_nanogpt import bench, compiler, run_model
+from neuron_nanogpt import bench, compiler, run_model, weight_loader
 
 STEP_S, PEER_S, BUILD_S, START_S = (
     0.5,
@@ -105,3 +107,12 @@ def test_a_count_of_tokens_that_cannot_be_measured_is_refused(run, tiny, long):
     ):
         status, out, err = run(f"--model={model}", f"--new-tokens={count}", script=bench)
         assert (status, out, err) == (2, "", message)
+
+
+def test_a_random_checkpoint_is_one_that_transformers_reads(tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "gpt2", (2, 2, 8))
+    bench.write_random("gpt2", tmp_path)
+    reference, loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    ids = torch.randint(50257, (1, 8))
+    torch.testing.assert_close(weight_loader.load(tmp_path)(ids)[0], reference.eval()(ids).logits, atol=1e-5, rtol=0)

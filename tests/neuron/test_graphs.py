@@ -171,7 +171,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "right", "wrong"), CHANGES)
+@pytest.mark.parametrize(
+    ("module", "right", "wrong"), CHANGES, ids=["model", "kernels", "Decode", "Prefill", "NeuronStep"]
+)
 def test_a_change_of_the_code_that_makes_a_graph_is_noticed(module, right, wrong, gpt, tmp_path, monkeypatch):
     make(gpt)[0].logits([[1, 2]])
     changed = tmp_path / "changed.py"

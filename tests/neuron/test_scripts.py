@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from neuron_nanogpt import run_model, sample
+from shared.sampling import Sampler
 from shared.tokenizer import find_model, load_tokenizer
 
 NANO = "--model=gpt2-nano"
@@ -123,10 +124,9 @@ def test_prompts_that_the_model_cannot_start_from_are_refused(script, run, rando
     assert (status, out, err) == (2, "", message)
 
 
-@pytest.fixture
-def endless(tmp_path):
-    """A folder with a model that says <|endoftext|> for ever: only its embedding is not zero."""
-    source, folder = find_model("gpt2-nano").folder, tmp_path / "model"
+def write_constant(folder, logit):
+    """A model whose logit of <|endoftext|> is this after any text, and 0 of any other token."""
+    source = find_model("gpt2-nano").folder
     folder.mkdir()
     for name in "vocab.json", "merges.txt":
         (folder / name).write_bytes((source / name).read_bytes())
@@ -135,9 +135,15 @@ def endless(tmp_path):
     for parameter in model.parameters():
         parameter.zero_()
     model.transformer.ln_f.bias.fill_(1)
-    model.transformer.wte.weight[load_tokenizer(folder).eot] = 100
+    model.transformer.wte.weight[load_tokenizer(folder).eot] = logit / config.n_embd
     model.save_pretrained(folder)
-    return folder
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """A model that says <|endoftext|> for ever."""
+    write_constant(tmp_path / "model", 400)
+    return tmp_path / "model"
 
 
 def test_end_of_text_ends_a_text_unless_ignored(run, endless):
@@ -148,6 +154,17 @@ def test_end_of_text_ends_a_text_unless_ignored(run, endless):
         assert f"\n\n\n{text}\n" + "-" * 15 + "\n\n" in out and f"\n{2 * count} tokens in" in out
         assert np.load("d.npz")["tokens"].tolist() == [eot] * count
         assert run(*flags, *more, script=sample)[1].endswith(f"\n\n\n{text}\n")
+
+
+def test_each_text_of_a_batch_has_an_end_of_its_own(run, tmp_path):
+    folder, logits = tmp_path / "model", np.zeros((4, 1408), np.float32)
+    write_constant(folder, 4.4)  # a quarter to a third of the probability of 200 tokens
+    eot, sampler = load_tokenizer(folder).eot, Sampler(temperature=1, top_k=200, seed=1)
+    logits[:, eot] = 4.4
+    lengths = (np.array([sampler(logits) for _ in range(60)]) == eot).argmax(axis=0) + 1
+    assert len({*lengths}) > 2
+    _, out, _ = run(f"--model={folder}", "--temperature=1", "--seed=1", "--batch=4", "--max-new-tokens=60")
+    assert f"\n{lengths.sum()} tokens in " in out
 
 
 def test_an_empty_prompt_starts_from_end_of_text(run, endless):
