@@ -63,10 +63,9 @@ def weight_files(folder):
     if not index.exists():
         raise ValueError(f"{folder} must hold {WHOLE} or {INDEX}: weights are read from no other format")
     weight_map = read_json(index).get("weight_map")
-    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not files or not all(isinstance(name, str) for name in files):
+    if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
         raise ValueError(f"{index}: weight_map must map tensor names to files")
-    names = sorted(set(files))
+    names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not Path(folder, name).is_file():
             raise ValueError(f"{index}: {name!r} must be a file in the same folder")
@@ -108,8 +107,8 @@ def read_tensors(folder, shapes):
                 raise ValueError(f"{file}: {full_name} holds NaN or infinity")
             tensors[name] = tensor
     if missing := [name for name in shapes if name not in tensors]:
-        more = ", ..." if len(missing) > 3 else ""
-        raise ValueError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:3])}{more}")
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(f"{folder} lacks {len(missing)} tensors: {names}")
     head = tensors.pop("lm_head.weight", tensors["wte.weight"])
     if not torch.equal(head, tensors["wte.weight"]):
         raise ValueError(f"{folder}: lm_head.weight must equal wte.weight, as tie_word_embeddings says")

@@ -13,7 +13,7 @@ import transformers
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from shared.tokenizer import find_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # of toy shapes: two threads would wait for each other
 transformers.utils.logging.disable_progress_bar()
 
 
