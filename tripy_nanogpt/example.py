@@ -64,7 +64,8 @@ def verify(engine, dtype, folder, ids):
         logits, cache = engine.decode(ids[position], position, cache)
         rows.append(logits)
     apart = {"forward": engine.forward(ids) - exact, "prefill, decode": rows - exact[half - 1 :]}
-    shares, limit = {name: abs(part).max() / abs(exact).max() for name, part in apart.items()}, LIMITS[dtype]
+    largest, limit = abs(exact).max() or 1.0, LIMITS[dtype]
+    shares = {name: abs(part).max() / largest for name, part in apart.items()}
     for name, share in shares.items():
         verdict = "as expected" if share <= limit else "NOT as expected"
         print(f"{name}: logits within {share:.1e} of the largest: {verdict} (up to {limit:g})")

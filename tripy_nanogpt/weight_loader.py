@@ -203,6 +203,8 @@ def translate(model_hf, quant_mode):
             layer, _, quantizer = path.rpartition(".")
             if quant_mode.startswith("int4"):  # blocks along the input, one output after the other
                 scale = scale.reshape(get_submodule(model_hf, layer).out_features, -1).t()
+            elif quant_mode.startswith("int8"):
+                scale = scale.reshape(-1)  # one for each output, even if there is one output
             state[f"{layer}.{quantizer.removesuffix('_quantizer')}_scale"] = scale
         elif kind == "_pre_quant_scale":
             state[f"{path.removesuffix('.input_quantizer')}.pre_quant_scale"] = tensor

@@ -152,11 +152,21 @@ def test_quantized_weights_come_from_the_same_files(tiny, copy, make):
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def test_int8_has_a_scale_for_each_output_of_one_channel_too(tmp_path):
+    config = GPT2Config(
+        n_positions=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, bos_token_id=None, eos_token_id=None
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    state, _ = quantize(tmp_path, "int8-weight-only")
+    outputs = {name.removesuffix("_scale"): scale.shape for name, scale in state.items() if name.endswith("_scale")}
+    assert outputs == {name: state[name].shape[:1] for name in outputs} and len(outputs) == 4
+
+
 SHAPES = [
     {"n_positions": 1},
     {"n_positions": 2, "vocab_size": 3},
     {"n_positions": 17, "vocab_size": 2, "activation_function": "gelu_pytorch_tanh"},
-    {"n_layer": 1, "n_head": 1, "n_embd": 1, "vocab_size": 1},
+    {"n_positions": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "vocab_size": 1},
     {"n_head": 8, "n_embd": 8, "n_positions": 3},
 ]
 
