@@ -62,13 +62,14 @@ def copy_repository(root: Path, copy: Path) -> Path:
         if (root / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, copy / name)
+    (copy / ".tox").symlink_to(root / ".tox")
     return copy
 
 
 def run_tests(python: Path, copy: Path, tests: str) -> tuple[int, str]:
     """pytest's exit status in the copy, and the end of what it printed."""
     # no .pyc: Python knows one by size and second, and a fault may share both with the line that it replaces
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TOX_SKIP_ENV_INSTALL": "1"}
     command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     try:
         run = subprocess.run(
