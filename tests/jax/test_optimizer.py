@@ -64,7 +64,8 @@ def test_five_steps_are_those_of_torch(optimizer, clip, monkeypatch):
     shapes = {"wte": (5, 8), "ln.scale": (8,), "c_attn.kernel": (8, 24), "c_attn.bias": (24,), "c_proj.kernel": (8, 8)}
     shapes |= {"mlp.c_fc.kernel": (8, 32), "mlp.c_proj.kernel": (32, 8)}
     arrays = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    steps = [{name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(5)]
+    sizes = 1, 0.01, 1, 0.02, 1  # of gradients; clipping leaves the second as it is
+    steps = [{k: np.float32(size * draw.normal(size=shape)) for k, shape in shapes.items()} for size in sizes]
 
     theirs = {name: [torch.tensor(part).requires_grad_() for part in split_qkv(name, arrays[name])] for name in arrays}
     by_muon = [name for name in shapes if name.endswith("kernel") and optimizer == "muon"]

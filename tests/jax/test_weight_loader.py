@@ -338,4 +338,4 @@ def test_a_model_on_gpt2s_tokens_is_written_with_gpt2s_vocabulary(tmp_path):
     for text in ("hello world", "Grüße, 世界! 🙂\n\n  def f(x):\treturn 1"):
         ids = gpt2_bpe().encode(text)
         assert load_tokenizer(tmp_path / "out").encode(text) == tokenizer(text)["input_ids"] == ids
-    assert tokenizer.eos_token_id == 50256
+    assert tokenizer.eos_token_id == transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == 50256
