@@ -100,8 +100,10 @@ def main(argv=None):
     name, why, config, params, tokenizer = load_model(args.init_from, args.out_dir, args.dtype)
     prompt = tokenizer.encode(start)
     if not prompt and tokenizer.eot is None:
-        raise ValueError("prompt must not be empty: this model has no <|endoftext|>")
-    print(f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1])}{why}", flush=True)
+        raise ValueError("start must not be empty: this model has no <|endoftext|>")
+    print(
+        f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1], args.dtype)}{why}", flush=True
+    )
 
     prompt = prompt or [tokenizer.eot]
     if args.verify:

@@ -12,25 +12,19 @@ GPTConfig.fast switches it off. On an accelerator, or for bfloat16 on a CPU with
 On an NVIDIA GPU there is one thing to do: attention in bfloat16 goes to cuDNN's fused kernel.
 """
 
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jax_nanogpt.device import has_bfloat16
+
 
 def on_cpu():
     chosen = jax.config.jax_default_device  # by device.py
     return (chosen.platform if chosen else jax.default_backend()) == "cpu"
-
-
-@cache
-def has_bfloat16():
-    cpuinfo = Path("/proc/cpuinfo")
-    words = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.exists() else ()
-    return "amx_bf16" in words or "avx512_bf16" in words
 
 
 def matmul(a, b, axis=0):

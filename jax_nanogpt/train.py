@@ -381,7 +381,8 @@ def train(config, splits, mesh, model_config, optimizer, state, checkpoints, tok
     out_dir, model, key = Path(config.out_dir), GPT(model_config), jax.random.key(config.seed)
     tokens_per_iteration = config.batch_size * config.gradient_accumulation_steps * config.block_size
     flops = flops_per_token(model_config, params) * tokens_per_iteration
-    say(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {describe(mesh.devices.ravel())}{meshes.show(mesh)}")
+    where = f"{describe(mesh.devices.ravel(), config.dtype)}{meshes.show(mesh)}"
+    say(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {where}")
 
     def losses_now():
         where = NamedSharding(mesh, P(BATCH))

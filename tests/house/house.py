@@ -112,7 +112,7 @@ def _tests(root: Path, project: str):
     tox.read_string(read(root / "tox.ini"))
     if env not in re.split(r"[,\s]+", tox.get("tox", "env_list", fallback="")):
         yield f"tox.ini's env_list lacks {env}"
-    wanted = f"pytest tests/{env} tests/docs --readme {project}/README.md"
+    wanted = f"pytest tests/{env} tests/docs/test_readme.py --readme {project}/README.md"
     commands = tox.get(f"testenv:{env}", "commands", fallback="").strip().splitlines()
     if not any(f"{wanted} " in f"{command} " for command in commands):
         yield f"tox.ini's testenv:{env} does not run {wanted}"

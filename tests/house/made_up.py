@@ -25,9 +25,9 @@ commands =
 [testenv:shared]
 commands = pytest tests/shared tests/house tests/docs --readme README.md {posargs}
 [testenv:alpha]
-commands = pytest tests/alpha tests/docs --readme alpha_gpt2/README.md {posargs}
+commands = pytest tests/alpha tests/docs/test_readme.py --readme alpha_gpt2/README.md {posargs}
 [testenv:beta]
-commands = pytest tests/beta tests/docs --readme beta_nano_gpt/README.md {posargs}
+commands = pytest tests/beta tests/docs/test_readme.py --readme beta_nano_gpt/README.md {posargs}
 [testenv:parity]
 depends = shared, alpha, beta
 commands = pytest tests/parity {posargs}

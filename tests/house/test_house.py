@@ -54,7 +54,9 @@ def test_a_folder_with_a_single_file_is_already_a_project(made_up):
 SECTIONS = (
     "alpha_gpt2/README.md needs the sections Introduction, Running The Example, How It Works, Constraints, Numbers"
 )
-COMMANDS = "tox.ini's testenv:beta does not run pytest tests/beta tests/docs --readme beta_nano_gpt/README.md"
+COMMANDS = (
+    "tox.ini's testenv:beta does not run pytest tests/beta tests/docs/test_readme.py --readme beta_nano_gpt/README.md"
+)
 BETA = " imports beta_nano_gpt"
 
 
@@ -79,7 +81,7 @@ BETA = " imports beta_nano_gpt"
         ("tox.ini", "\n    beta,", "\n    beta2,", "tox.ini's env_list lacks beta"),
         ("tox.ini", "pytest tests/beta", "pytest", COMMANDS),
         ("tox.ini", "pytest tests/beta", "pytest tests/beta_old", COMMANDS),
-        ("tox.ini", "tests/beta tests/docs", "tests/beta", COMMANDS),
+        ("tox.ini", "tests/beta tests/docs/test_readme.py", "tests/beta", COMMANDS),
         ("tox.ini", "--readme beta_nano_gpt/README.md", "", COMMANDS),
         ("tests/alpha/test_model.py", "def test_", "def check_", "tests/alpha has no tests"),
         ("tests/alpha/__init__.py", "", "", "tests/alpha/__init__.py would make"),

@@ -65,7 +65,7 @@ HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcnt
 
 def test_a_folder_that_another_process_trains_in_can_be_read_and_not_written(out_dir):
     save(Checkpoints(out_dir, "afresh"), {1: 1.0})
-    (out_dir / "lock").open().close()  # as the end of a process: closing any of its descriptors lets go of the lock
+    (out_dir / "lock").open("rb").close()  # as the end of a process: closing any of its descriptors lets go of the lock
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", HOLD, out_dir / "lock"], **pipes) as other:
         other.stdout.readline()

@@ -220,8 +220,8 @@ def test_the_launcher_ends_with_the_status_of_the_first_that_fails(tmp_path):
 
 
 def test_the_launcher_passes_a_signal_on(tmp_path):
-    process = launched(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nsay(number)\nsignal.pause()")
-    assert {process.stdout.readline() for _ in range(2)} == {"0\n", "1\n"}
-    process.terminate()
-    process.communicate(timeout=END_S)
-    assert process.returncode == 0
+    wait = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nsignal.alarm(120)\nsay(number)\nsignal.pause()"
+    with launched(tmp_path, wait) as process:
+        assert {process.stdout.readline() for _ in range(2)} == {"0\n", "1\n"}
+        process.terminate()
+        assert process.wait(END_S) == 0

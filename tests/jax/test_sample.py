@@ -188,7 +188,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, complaint, monkeypatch, capsy
 
 @pytest.mark.parametrize(
     ("start", "message"),
-    [("ROMEO 7", "'7' is not one of the"), ("", "prompt must not be empty: this model has no <|endoftext|>\n")],
+    [("ROMEO 7", "'7' is not one of the"), ("", "start must not be empty: this model has no <|endoftext|>\n")],
 )
 def test_a_prompt_that_the_model_cannot_read_is_refused(start, message, out_dir, run, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -88,18 +88,6 @@ def test_it_steps_aside(cpu, bfloat16, dtype, monkeypatch):
     assert str(programs[0]) == str(programs[1])
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [("avx2 f16c", False), ("avx2 avx512f avx512bw", False), ("avx512f avx512_bf16", True), ("amx_bf16", True)],
-)
-def test_bfloat16_instructions_are_those_that_linux_lists(flags, expected, monkeypatch, tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(speed, "Path", lambda _: cpuinfo)
-    assert not speed.has_bfloat16.__wrapped__()  # another system than Linux
-    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n", encoding="utf-8")
-    assert speed.has_bfloat16.__wrapped__() == expected
-
-
 def test_the_device_chosen_decides_not_the_best_there_is(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.default_device(None):
