@@ -84,8 +84,8 @@ def config_of(*keys, **renamed):
     return change
 
 
-def writes(text, file="config.json"):
-    return lambda folder: (folder / file).write_text(text, encoding="utf-8")
+def configured(text):
+    return lambda folder: (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def stored_as(dtype):
@@ -260,8 +260,8 @@ ODD = [
         configures(n_positions=2**24 + 1),
         "n_positions must be a whole number from 1 to 16777216, got 16777217",
     ),
-    Odd("a configuration of nothing", writes("[]"), "/config.json must hold a JSON object, got list"),
-    Odd("a deep configuration", writes("[" * 100_000), "/config.json cannot be read: "),
+    Odd("a configuration of nothing", configured("[]"), "/config.json must hold a JSON object, got list"),
+    Odd("a deep configuration", configured("[" * 100_000), "/config.json cannot be read: "),
     Odd("another head", with_head(2), ": lm_head.weight must equal wte.weight, as tie_word_embeddings says"),
     Odd(
         "a narrow head",
