@@ -9,6 +9,8 @@ import pytest
 
 from jax_nanogpt import device
 
+pytestmark = pytest.mark.engine
+
 CPU, GPU = (SimpleNamespace(platform=platform, device_kind=platform) for platform in ("cpu", "gpu"))
 
 

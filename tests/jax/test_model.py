@@ -16,6 +16,8 @@ from jax_nanogpt.dropout import Dropout
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_cache, init_params
 from jax_nanogpt.train import losses
 
+pytestmark = pytest.mark.engine
+
 SHAPES = {  # name -> layers, heads, width; fewer layers than the real ones, for time's sake
     "gpt2": (4, 12, 768),
     "gpt2-medium": (4, 16, 1024),

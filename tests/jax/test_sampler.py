@@ -15,6 +15,8 @@ from jax_nanogpt.model import GPTConfig, init_params
 from jax_nanogpt.sampler import CHUNK, Sampling, choose, generate
 from shared.sampling import Sampler
 
+pytestmark = pytest.mark.engine
+
 CONFIG = GPTConfig(block_size=40, vocab_size=60, n_layer=1, n_head=2, n_embd=32)
 PARAMS = init_params(CONFIG, jax.random.key(0))
 for name in PARAMS.keys() - {"wte", "wpe", "ln_f"}:  # as fresh, the tied head says the last token again and again

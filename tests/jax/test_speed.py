@@ -15,6 +15,8 @@ from jax_nanogpt.model import GPT, GPTConfig, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.train import Config, train_iterations
 
+pytestmark = pytest.mark.engine
+
 DIMENSIONS = {"kernel": (((2,), (0,)), ((), ())), "tied head": (((2,), (1,)), ((), ()))}
 MODEL = GPTConfig(block_size=32, vocab_size=65, n_layer=1, n_head=2, n_embd=64, bias=True, dropout=0.1)
 

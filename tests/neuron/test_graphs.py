@@ -12,6 +12,8 @@ from neuron_nanogpt import compiler, kernels, model, run_model, weight_loader
 from neuron_nanogpt.run_model import Cached, NeuronStep, Window, choose_buckets, generate, padded
 from shared.sampling import Sampler
 
+pytestmark = pytest.mark.engine
+
 STEP = Path("gpt2_step_neuron.pt")
 FACTS = {"model": "tiny", "weights": "a hash", "dtype": "float32"}
 

@@ -9,6 +9,8 @@ import torch
 
 from neuron_nanogpt import compiler, kernels, run_model, weight_loader
 
+pytestmark = pytest.mark.engine
+
 FLAGS = ("--device=cpu", "--prompt=abc", "--max-new-tokens=4", "--temperature=0")
 SAID = {
     "float32": "float32 by PyTorch's plain kernels",

@@ -8,6 +8,8 @@ from neuron_nanogpt import kernels, weight_loader
 from neuron_nanogpt.model import GPT, GPTConfig, count_params
 from neuron_nanogpt.run_model import Decode, padded
 
+pytestmark = pytest.mark.engine
+
 SHAPES = {"gpt2": (2, 12, 768), "gpt2-xl": (1, 25, 1600)}  # with fewer layers
 
 

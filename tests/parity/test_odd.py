@@ -7,6 +7,8 @@ from examples import EXAMPLES
 from odd import ODD, SHAPE
 from transformers import GPT2LMHeadModel
 
+pytestmark = pytest.mark.engine
+
 LIMIT = 1e-4  # relative to the largest logit
 
 

@@ -9,6 +9,8 @@ from examples import EXAMPLES
 from parity import NANO, Case, Referee, compare
 from transformers import GPT2Config, GPT2LMHeadModel
 
+pytestmark = pytest.mark.engine
+
 HAMLET = """To be, or not to be, that is the question:
 Whether 'tis nobler in the mind to suffer
 The slings and arrows of outrageous fortune,

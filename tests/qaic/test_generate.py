@@ -22,6 +22,8 @@ from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from shared.sampling import Sampler
 from shared.tokenizer import find_model, load_tokenizer
 
+pytestmark = pytest.mark.engine
+
 PROJECT = Path(example.__file__).parent
 NANO = find_model("gpt2-nano").folder
 STATS = r"""

@@ -20,6 +20,8 @@ from qaic_gpt2 import exporter, quantizer, weight_loader
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from qaic_gpt2.runtime import Session
 
+pytestmark = pytest.mark.engine
+
 
 def artifact(folder, export_dir):
     """One of a test's own."""

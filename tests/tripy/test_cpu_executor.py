@@ -18,7 +18,10 @@ import nvtripy as tp  # once tripy_cpu has made its place
 from tripy_nanogpt.device import choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(tripy_cpu.ENGINE is None, reason="TensorRT is here: this is for machines without it")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(tripy_cpu.ENGINE is None, reason="TensorRT is here: this is for machines without it"),
+]
 GPU, CPU = tp.device("gpu"), tp.device("cpu")
 
 

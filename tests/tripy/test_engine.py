@@ -12,6 +12,8 @@ from tripy_nanogpt import files
 from tripy_nanogpt.device import choose_device
 from tripy_nanogpt.engine import load_engine
 
+pytestmark = pytest.mark.engine
+
 IDS = list(range(8))
 
 

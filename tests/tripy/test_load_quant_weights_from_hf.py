@@ -13,6 +13,8 @@ from tripy_nanogpt.model import GPT
 from tripy_nanogpt.quantization import MODES
 from tripy_nanogpt.weight_loader import load_quant_weights_from_hf, read_config, translate
 
+pytestmark = pytest.mark.engine
+
 IDS = np.random.default_rng(2).integers(1407, size=32).tolist()
 WEIGHT_ONLY = [mode for mode in MODES if mode != "float8"]
 

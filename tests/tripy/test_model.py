@@ -10,6 +10,8 @@ from shared.sampling import Sampler
 from tripy_nanogpt import model
 from tripy_nanogpt.model import GPT, GPTConfig
 
+pytestmark = pytest.mark.engine
+
 IDS = np.random.default_rng(0).integers(60, size=16).tolist()
 
 
