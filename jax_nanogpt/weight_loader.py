@@ -82,7 +82,8 @@ def read_config(folder):
     for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         most = 1000 if key == "n_layer" else 2**24
         if type(value := getattr(config, key)) is not int or not 0 < value <= most:
-            raise ValueError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
+            name = "n_positions" if key == "block_size" else key
+            raise ValueError(f"{path}: {name} must be a whole number from 1 to {most}, got {value!r}")
     if config.n_embd % config.n_head:
         raise ValueError(f"{path}: n_embd must be a multiple of n_head ({config.n_head}), got {config.n_embd}")
     if given.get("n_inner") not in (None, 4 * config.n_embd):
@@ -123,8 +124,10 @@ def read_tensors(folder, shapes):
     for file in weight_files(folder):
         try:
             loaded = load_file(file)
-        except (OSError, AttributeError, SafetensorError) as error:  # NumPy lacks an attribute float8_e4m3fn
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
+        except AttributeError as error:  # NumPy lacks an attribute float8_e4m3fn
+            raise ValueError(f"{file}: each tensor must be floating-point, got {error.name}") from None
         for full_name, tensor in loaded.items():
             name = full_name.removeprefix("transformer.")
             if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):

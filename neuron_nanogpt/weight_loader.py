@@ -45,7 +45,8 @@ def read_config(folder):
     for key, value in vars(config).items():
         most = 1000 if key == "n_layer" else 2**24
         if type(value) is not int or not 0 < value <= most:
-            raise ValueError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
+            name = "n_positions" if key == "block_size" else key
+            raise ValueError(f"{path}: {name} must be a whole number from 1 to {most}, got {value!r}")
     if config.n_embd % config.n_head:
         raise ValueError(f"{path}: n_embd must be a multiple of n_head ({config.n_head}), got {config.n_embd}")
     if given.get("n_inner") not in (None, 4 * config.n_embd):

@@ -51,7 +51,8 @@ def read_config(folder, dtype=tp.float16, quant_mode=None):
     for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         most = 1000 if key == "n_layer" else 2**24
         if type(value := getattr(config, key)) is not int or not 0 < value <= most:
-            raise ValueError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
+            name = "n_positions" if key == "block_size" else key
+            raise ValueError(f"{path}: {name} must be a whole number from 1 to {most}, got {value!r}")
     if config.n_embd % config.n_head:
         raise ValueError(f"{path}: n_embd must be a multiple of n_head ({config.n_head}), got {config.n_embd}")
     if given.get("n_inner") not in (None, 4 * config.n_embd):
@@ -79,7 +80,7 @@ def weight_files(folder):
     if not index.exists():
         raise ValueError(f"{folder} must hold {whole.name} or {index.name}: weights are read from no other format")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
+    if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
         raise ValueError(f"{index}: weight_map must map tensor names to files")
     names = sorted(set(weight_map.values()))
     for name in names:
@@ -98,12 +99,11 @@ def tensor_shapes(config):
     """What a GPT-2's checkpoint holds, in Hugging Face's layout: a Linear's weight is [in, out]."""
     C = config.n_embd
     shapes = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
-    layers = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    modules = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+    modules |= {"ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
     for i in range(config.n_layer):
-        for norm in "ln_1", "ln_2":
-            shapes |= {f"h.{i}.{norm}.weight": (C,), f"h.{i}.{norm}.bias": (C,)}
-        for name, shape in layers.items():
-            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+        for module, shape in modules.items():
+            shapes |= {f"h.{i}.{module}.weight": shape, f"h.{i}.{module}.bias": shape[-1:]}
     return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
 
 

@@ -196,7 +196,7 @@ def test_statistics_end_with_the_last_text(monkeypatch):
         ),
         (lambda m, t: m.generate(t, "a"), "prompts must be a list of texts, got 'a'"),
         (lambda m, t: m.generate(t, []), "prompts must be a list of texts, got []"),
-        (lambda m, t: m.generate(t, ["x y " * 200]), "prompt must have at most ctx_len (128) tokens, got "),
+        (lambda m, t: m.generate(t, ["Z" * 129]), "prompt must have at most ctx_len (128) tokens, got 129"),
         (
             lambda m, t: m.from_pretrained(NANO, continuous_batching=True),
             "continuous_batching must be None or False on a CPU, got True",
@@ -296,7 +296,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
             ["--ctx-len=300"],
             "ctx_len must be at least prefill_seq_len (32) and at most the model's 256 positions, got 300",
         ),
-        (["--prompt=" + "a b " * 300], "prompt must have at most ctx_len (256) tokens, got "),
+        (["--prompt=" + "Z" * 257], "prompt must have at most ctx_len (256) tokens, got 257"),
         (["--model=nowhere"], "'nowhere'"),
         (["--model=gpt2-xl"], "gpt2-xl is not in the local cache"),
         (["--dtype=bfloat16"], "--dtype"),

@@ -145,6 +145,17 @@ def test_rows_of_unequal_lengths_are_what_they_are_alone(tiny, reference, compil
         np.testing.assert_allclose([logits[row] for logits in made[:count]], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 3, 7])  # None: all 8 positions, of which the default 32 are more
+def test_rows_that_fill_the_context_are_what_they_are_alone(make_checkpoint, compiled, chunk):
+    """The last chunk has no padding, which would take the last slot."""
+    folder = make_checkpoint(n_layer=1, n_positions=8, vocab_size=11, bos_token_id=0, eos_token_id=0)
+    reference = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    session = compiled(folder, batch_size=4, ctx_len=8, prefill_seq_len=chunk).session
+    rows = [[5, 1, 2, 3, 4, 6, 7, 8], [9, 3], [1, 2, 3, 4, 5, 6, 7], [8, 7, 6, 5, 4, 3, 2, 1]]
+    for row, logits in zip(rows, session.prefill(rows), strict=True):
+        np.testing.assert_allclose(logits, expected_logits(reference, [row])[0, -1], atol=1e-4)
+
+
 def test_what_an_earlier_text_left_in_the_cache_is_not_seen(tiny, compiled):
     session = compiled(tiny, prefill_seq_len=4, ctx_len=96).session
     first = session.prefill([[5, 6, 7]])
@@ -222,6 +233,12 @@ def test_int8_is_exact_integer_arithmetic_on_any_cpu(tmp_path, width):
         x[:, : width // 2] = 1
         expected = x @ stored.reshape(rows, width).T
         np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5 * width)
+
+
+def test_int8_of_a_width_without_blocks_is_refused_in_one_line(make_checkpoint):
+    model = QEFFAutoModelForCausalLM.from_pretrained(make_checkpoint(n_layer=1, n_embd=24))
+    with pytest.raises(ValueError, match=r"^n_embd must be a multiple of 16 with int8_matmul, got 24: .*$"):
+        model.compile(int8_matmul=True)
 
 
 def test_int8_stores_a_quarter_and_the_tied_table_once(tiny, nano, compiled):
