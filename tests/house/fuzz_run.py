@@ -249,7 +249,7 @@ def main(argv=None):
     add("--cases", type=int, default=300, help="that are drawn (default: %(default)s)")
     add("--processes", type=int, default=30, help="and run as processes (default: %(default)s)")
     add("--every", type=int, default=1, help="percent, from one cut of a file to the next (default: %(default)s)")
-    add("--limit", type=int, default=30, help="seconds for a case (default: %(default)s)")
+    add("--limit", type=int, default=60, help="seconds for a case (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--only", type=int, help="the case of this number")
     args = parser.parse_args(argv)

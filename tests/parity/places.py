@@ -90,7 +90,7 @@ def is_temporary(name):
 
 
 def ended(process):
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=300)
     return process.returncode, out, errors
 
 
