@@ -93,11 +93,15 @@ def test_the_bandwidth_share_counts_weights_once_and_each_texts_cache(results, l
     assert {results[work]["mbu"] for work in ("prefill", "decode_window", "warm_start")} == {None}
 
 
-def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
-    times = iter([9.0, 2.0, *[5.0] * 8])
-    monkeypatch.setattr(bench, "seconds", lambda call: next(times))
-    monkeypatch.setattr(bench.np, "ones", lambda count, dtype: bench.np.zeros(4, dtype))
-    assert bench.bandwidth() == 4 * 2**26 / 2.0
+def test_bandwidth_is_the_bytes_of_the_fastest_read(monkeypatch):
+    read, times = [], [3.0, 1.0, *[2.0] * 8]
+
+    def seconds(call):
+        read.append(call.__self__.nbytes)
+        return times.pop(0)
+
+    monkeypatch.setattr(bench, "seconds", seconds)
+    assert bench.bandwidth() == 2**28 and read == [2**28] * 10
 
 
 def test_a_count_of_tokens_that_cannot_be_measured_is_refused(run, tiny, long):
