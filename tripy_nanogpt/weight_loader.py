@@ -29,7 +29,7 @@ FIXED = {  # what model.py has built in, and the values that mean the same: anot
 }
 LINEAR = ("c_attn", "c_proj", "c_fc")
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-VOCABULARIES = "meta.json", "vocab.json", "merges.txt"
+VOCABULARIES = "meta.json", "vocab.json", "merges.txt", "tokenizer.json"
 
 
 def read_config(folder, dtype=tp.float16, quant_mode=None):

@@ -106,8 +106,9 @@ def test_whatever_changes_quantized_weights_changes_their_file(copy, tmp_path, m
     files = [file(), file("int8-weight-only"), file(dataset="cnn_dailymail")]
     text.write_text("b", encoding="utf-8")
     files.append(file())
-    (copy / "vocab.json").write_text("{}", encoding="utf-8")  # calibration reads other tokens
-    files.append(file())
+    for name in "vocab.json", "tokenizer.json":  # calibration reads other tokens
+        (copy / name).write_text("{}", encoding="utf-8")
+        files.append(file())
     change_config(copy, n_head=4)  # the weights have the same shapes
     files.append(file())
     write(copy, other_weights(copy))
