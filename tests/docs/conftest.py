@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import readme
+
+from tests.docs import readme
 
 
 def pytest_addoption(parser):

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import readme
-from readme import Runner, parse
+
+from tests.docs import readme
+from tests.docs.readme import Runner, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
@@ -10,11 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 import jax
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import TINY
-
 from jax_nanogpt import train
 from jax_nanogpt.data.corpus import write_characters
+from tests.jax.runs import TINY
 
 
 def pytest_addoption(parser):

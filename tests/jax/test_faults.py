@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from runs import TINY, environment, losses_of, same, start, state, wait_until
 
 from jax_nanogpt import train
 from jax_nanogpt.checkpoint import Checkpoints
+from tests.jax.runs import TINY, environment, losses_of, same, start, state, wait_until
 
 pytestmark = pytest.mark.faults
 OFTEN = ("--eval_interval=2", "--iters_per_call=1", "--n_layer=1")

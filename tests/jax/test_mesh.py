@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
-from runs import MESH_RUN, TINY, environment, losses_of, same, state
 
 from jax_nanogpt import mesh as meshes
 from jax_nanogpt.model import GPTConfig, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.train import Config
+from tests.jax.runs import MESH_RUN, TINY, environment, losses_of, same, state
 
 pytestmark = pytest.mark.mesh
 RUNS = {  # name -> flags; all in one process of eight devices, one after another, with dropout

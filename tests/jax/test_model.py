@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 import transformers
 
 from jax_nanogpt import weight_loader
 from jax_nanogpt.dropout import Dropout
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_cache, init_params
 from jax_nanogpt.train import losses
+from tests.jax import reference
 
 pytestmark = pytest.mark.engine
 

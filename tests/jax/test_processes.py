@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import MESH_RUN, SCRIPT, TINY, environment, losses_of, start, state, wait_until
 
 from jax_nanogpt.train import Config, draw_starts
+from tests.jax.runs import MESH_RUN, SCRIPT, TINY, environment, losses_of, start, state, wait_until
 
 pytestmark = pytest.mark.processes
 LAUNCH = SCRIPT.parent / "launch" / "loopback.py"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import forward
 
 from jax_nanogpt.model import GPTConfig, init_params
 from jax_nanogpt.sampler import CHUNK, Sampling, choose, generate
 from shared.sampling import Sampler
+from tests.jax.reference import forward
 
 pytestmark = pytest.mark.engine
 

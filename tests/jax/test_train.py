@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from runs import TINY, losses_of, same, start, state
 
 from jax_nanogpt import train, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.data.corpus import write_characters
 from jax_nanogpt.model import GPT, GPTConfig, init_params
 from shared.tokenizer import Characters, load_tokenizer
+from tests.jax import reference
+from tests.jax.runs import TINY, losses_of, same, start, state
 
 TEXT = np.random.default_rng(0).integers(50, size=(2, 4, 17)).astype(np.int32)
 TOY = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)

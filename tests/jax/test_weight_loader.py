@@ -1,17 +1,17 @@
-"""Checkpoints cropped and written. What a checkpoint may hold, and how it is read, is in tests/parity/odd.py."""
+"""Checkpoints cropped and written. What a checkpoint may hold, and how it is read, is in tests/contract/odd.py."""
 
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-import reference
 import transformers
 from safetensors.numpy import load_file
 
 from jax_nanogpt import weight_loader
 from jax_nanogpt.model import GPTConfig, init_params
 from shared.tokenizer import gpt2_bpe, load_tokenizer
+from tests.jax import reference
 
 CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
 

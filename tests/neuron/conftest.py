@@ -4,7 +4,6 @@ import json
 import os
 import string
 import sys
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 
@@ -12,10 +11,8 @@ import pytest
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-import standin
-
 from neuron_nanogpt import compiler, run_model, weight_loader
+from tests.neuron import standin
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

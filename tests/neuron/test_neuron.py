@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import standin
 import torch
 import torch.nn as nn
 
 from neuron_nanogpt import compiler
+from tests.neuron import standin
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which files a checkpoint's digest covers. What a checkpoint may hold is in tests/parity/odd.py."""
+"""Which files a checkpoint's digest covers. What a checkpoint may hold is in tests/contract/odd.py."""
 
 import json
 

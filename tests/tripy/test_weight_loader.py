@@ -1,4 +1,4 @@
-"""Weights in each dtype and quantized, and what keys them. What a checkpoint may hold is in tests/parity/odd.py."""
+"""Weights in each dtype and quantized, and what keys them. What a checkpoint may hold is in tests/contract/odd.py."""
 
 import json
 import shutil

@@ -1,0 +1,99 @@
+"""How each project's example is asked for a text: for make demo, make bench and tests/contract."""
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.conventions.rules import env_of, example_of
+
+
+class Example(NamedTuple):
+    options: str  # words; what stands in braces is filled in
+    slides: bool = False  # past the context, by nanoGPT's crop; otherwise the text ends there
+    numpy: bool = True  # samples by shared/sampling.py
+
+
+EXAMPLES = {
+    "jax_nanogpt": Example(
+        "--init_from={model} --start={prompt} --max_new_tokens={new_tokens} --dtype=float32 --num_samples=1 "
+        "--temperature={temperature} --top_k={top_k} --seed={seed} --ignore_eos --dump={dump}",
+        slides=True,
+        numpy=False,
+    ),
+    "neuron_nanogpt": Example(
+        "--model={model} --prompt={prompt} --max-new-tokens={new_tokens} --dtype=float32 "
+        "--temperature={temperature} --top-k={top_k} --seed={seed} --ignore-eos --dump={dump}",
+        slides=True,
+    ),
+    "qaic_gpt2": Example(
+        "--model={model} --prompt={prompt} --max-new-tokens={new_tokens} --dtype=float32 "
+        "--temperature={temperature} --top-k={top_k} --seed={seed} --ignore-eos --dump={dump}",
+    ),
+    "tripy_nanogpt": Example(
+        "--model={model} --input-text={prompt} --max-new-tokens={new_tokens} --dtype=float32 "
+        "--temperature={temperature} --top-k={top_k} --seed={seed} --ignore-eos --dump={dump}",
+    ),
+}
+
+
+class Failed(Exception):
+    """What a line of the demo says of a project that did not come to its end."""
+
+
+class Answer(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+    dump: "dict[str, np.ndarray] | None"  # prompt_ids, tokens and logits
+
+
+def python_of(root: Path, project: str) -> Path:
+    """The python of the project's environment, which tox makes now unless it is there."""
+    env = env_of(project)
+    python = root / ".tox" / env / "bin" / "python"
+    if not python.exists():
+        print(f" (its environment is being made, in .tox/{env}: a minute or two)", flush=True)
+    made = subprocess.run([sys.executable, "-m", "tox", "run", "-qq", "--notest", "-e", env], cwd=root)
+    if made.returncode:
+        raise Failed(f"FAILED to make its environment (tox run -e {env})")
+    return python
+
+
+def command(root: Path, project: str, **settings) -> list[str]:
+    """The example's script and its options."""
+    script = example_of(root, project)
+    if not script:
+        raise Failed("FAILED, for it has no example,")
+    if project not in EXAMPLES:
+        raise Failed("FAILED, for tests/tools/examples.py does not say how to ask it,")
+    settings = {"temperature": 0, "top_k": 50, "seed": 1} | settings
+    return [str(root / project / script), *(word.format(**settings) for word in EXAMPLES[project].options.split())]
+
+
+def environment_of(scratch: Path) -> dict[str, str]:
+    """scratch is the home of what QEfficient keeps."""
+    # one thread: gpt2-nano is too small for more, which wait for each other wherever other work runs
+    return {"OMP_NUM_THREADS": "1"} | os.environ | {"QEFF_HOME": str(scratch / "qeff"), "PYTHONUTF8": "1"}
+
+
+def read_dump(path: Path) -> "dict[str, np.ndarray] | None":
+    return dict(np.load(io.BytesIO(path.read_bytes()))) if path.exists() else None
+
+
+def ask(python: Path, root: Path, project: str, scratch: Path, **settings) -> Answer:
+    """Runs the example as a process that starts in the folder scratch."""
+    dump = scratch / "dump.npz"
+    dump.unlink(missing_ok=True)
+    words = [str(python), *command(root, project, dump=dump, **settings)]
+    start = time.perf_counter()
+    run = subprocess.run(
+        words, cwd=scratch, env=environment_of(scratch), capture_output=True, text=True, encoding="utf-8"
+    )
+    return Answer(run.returncode, run.stdout, run.stderr, time.perf_counter() - start, read_dump(dump))
