@@ -38,6 +38,7 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NANO = "gpt2-nano"
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "\ufffd".encode()  # of a token id beyond the vocabulary: some models pad their embedding
 DEADLINE_S = 2.0  # for a host to answer
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = ("vocab.bpe", "encoder.json")  # what tiktoken makes its "gpt2" of
@@ -65,10 +66,7 @@ class BPE:
         return self._encoding.encode_ordinary(text)
 
     def to_bytes(self, id: int) -> bytes:
-        try:
-            return self._encoding.decode_single_token_bytes(id)
-        except (KeyError, OverflowError):
-            raise ValueError(f"token id {id} is not in this vocabulary of {self.n_vocab}") from None
+        return self._encoding.decode_single_token_bytes(id) if 0 <= id < self.n_vocab else UNKNOWN
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are no UTF-8, as at a character cut in two, become U+FFFD."""
@@ -109,9 +107,7 @@ class Characters:
             ) from None
 
     def to_bytes(self, id: int) -> bytes:
-        if not 0 <= id < self.n_vocab:
-            raise ValueError(f"token id {id} is not in this vocabulary of {self.n_vocab}")
-        return self.chars[id].encode("utf-8")
+        return self.chars[id].encode("utf-8") if 0 <= id < self.n_vocab else UNKNOWN
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(map(self.to_bytes, ids)).decode("utf-8")
@@ -131,6 +127,16 @@ class Stream:
     def end(self) -> str:
         """What was left: U+FFFD for a character that never came whole."""
         return self._decoder.decode(b"", final=True)
+
+
+def encode_prompt(tokenizer: "BPE | Characters", text: str, vocab_size: int) -> list[int]:
+    """A prompt's token ids for a model with vocab_size rows; an empty one starts from <|endoftext|>."""
+    ids = tokenizer.encode(text) or [tokenizer.eot]
+    if ids == [None]:
+        raise ValueError("prompt must not be empty: this model has no <|endoftext|>")
+    if max(ids) >= vocab_size:
+        raise ValueError(f"prompt must have token ids below vocab_size ({vocab_size}), got {max(ids)}")
+    return ids
 
 
 def load_tokenizer(folder: "str | os.PathLike") -> "BPE | Characters":

@@ -85,11 +85,11 @@ def tokens_that_the_tokenizer_lacks(folder):
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_tokens_that_the_tokenizer_lacks_are_named(project, served, tmp_path):
-    """Found late: at the first such token."""
+def test_tokens_that_the_tokenizer_lacks_are_unknown_characters(project, served, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(NANO, folder)
     tokens_that_the_tokenizer_lacks(folder)
     settings = {"prompt": "To be", "new_tokens": 30, "temperature": 1, "top_k": 5000}
     answer = served(project).ask(model=folder, **settings)
-    assert answer.status == 2 and answer.stderr.count("\n") == 1 and answer.dump is None, answer.stderr
+    assert answer.status == 0 and "\ufffd" in answer.stdout, answer.stderr
+    assert len(answer.dump["tokens"]) == 30 and answer.dump["tokens"].max() >= 1408

@@ -142,10 +142,10 @@ def test_a_million_equal_characters_come_to_an_end(gpt2, letter):
 
 
 @pytest.mark.parametrize("id", [-1, 50257, 10**30])
-def test_an_id_outside_the_vocabulary_is_refused(gpt2, id):
-    for call in (lambda: gpt2.decode([0, id]), lambda: Stream(gpt2).push(id), lambda: Characters("ab").decode([0, id])):
-        with pytest.raises(ValueError, match=f"token id {id} is not in this vocabulary of (50257|2)"):
-            call()
+def test_an_id_outside_the_vocabulary_is_an_unknown_character(gpt2, id):
+    """Some models pad their embedding; a run must not end at such a token."""
+    assert gpt2.decode([0, id]) == "!\ufffd" and Stream(gpt2).push(id) == "\ufffd"
+    assert Characters("ab").decode([0, id]) == "a\ufffd"
 
 
 def test_ids_may_be_numpys(gpt2):
