@@ -1,4 +1,4 @@
-"""The datasets: what is written, what is downloaded and checked, what a machine without a network is told."""
+"""The datasets: what is written, what is downloaded and checked, the message without a network, and the batches."""
 
 import hashlib
 import http.client
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from jax_nanogpt.data import corpus
+from jax_nanogpt.data.nano import prepare as nano
 from jax_nanogpt.data.openwebtext import prepare as openwebtext
-from jax_nanogpt.train import Config, cut, draw_starts
+from jax_nanogpt.dataset import cut, draw_starts
+from jax_nanogpt.train import Config
 from shared.tokenizer import find_model, load_tokenizer
 
 TEXT = "First Citizen:\nWe are accounted poor citizens, the patricians good; ünïcödé.\n\n" * 200
@@ -79,7 +81,8 @@ def test_pythons_own_text_needs_nothing_and_repeats_little(prepare):
     assert len(seen) > 0.85 * len(train)
 
 
-def test_nanos_data_holds_out_what_heldout_json_names(local_copy, prepare):
+def test_nanos_data_holds_out_what_heldout_json_names(local_copy, prepare, monkeypatch):
+    monkeypatch.setattr(nano, "COPIES", 1)
     folder, status, _ = prepare("nano", "--input", local_copy)
     assert status == 0
     held = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))
@@ -108,19 +111,24 @@ def test_without_a_network_one_line_says_both_ways_on(name, prepare, monkeypatch
     assert not list(folder.iterdir())
 
 
-def test_a_text_too_short_to_split_is_refused_and_writes_nothing(prepare, tmp_path):
-    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
-    folder, status, printed = prepare("shakespeare_char", "--input", tmp_path / "empty.txt")
-    assert status == 2 and "with 0 characters; 100 or more are expected" in printed.err
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "--input must have 100 characters or more, got 0 in"),
+        (b"\xff" * 200, "--input must be UTF-8 text, got"),
+        (None, "No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("name", ["shakespeare_char", "nano"])
+def test_a_local_copy_that_cannot_be_used_is_refused_in_one_line(name, content, message, prepare, tmp_path):
+    if content is not None:
+        (tmp_path / "copy.txt").write_bytes(content)
+    folder, status, printed = prepare(name, "--input", tmp_path / "copy.txt")
+    assert status == 2 and message in printed.err and printed.err.count("\n") == 1
     assert not list(folder.iterdir())
 
 
-def test_a_missing_local_copy_is_one_line(prepare, tmp_path):
-    _, status, printed = prepare("shakespeare_char", "--input", tmp_path / "nowhere")
-    assert status == 2 and printed.err.count("\n") == 1 and "--input is" in printed.err
-
-
-def test_a_download_is_tried_again_and_checked(monkeypatch, capsys):
+def test_a_download_is_retried_and_checked(monkeypatch):
     good, answers = b"the text", []
 
     def urlopen(url, timeout):
@@ -137,9 +145,8 @@ def test_a_download_is_tried_again_and_checked(monkeypatch, capsys):
     answers[:] = [http.client.IncompleteRead(b"half"), good]
     assert corpus.download("https://example.org", sha256) == good
     answers[:] = [b"forged"] * 3
-    with pytest.raises(SystemExit):
+    with pytest.raises(OSError, match="its SHA-256 does not match"):
         corpus.download("https://example.org", sha256)
-    assert "its SHA-256 is not the expected one" in capsys.readouterr().err
 
 
 def test_openwebtext_is_written_text_by_text(tmp_path):
@@ -169,7 +176,8 @@ def test_openwebtext_without_datasets_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         openwebtext.main([])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "the package datasets is missing: pip install datasets\n"
+    message = "OpenWebText is not available: the package datasets is missing: pip install datasets\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def batches(text, config, first, count):
@@ -200,7 +208,7 @@ def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
 
 @pytest.mark.parametrize("draw", ["anywhere", "epochs"])
 @pytest.mark.parametrize("tokens", [17, 18, 32, 33, 48])
-def test_a_text_of_hardly_more_than_a_window_is_enough(draw, tokens):
+def test_a_text_hardly_longer_than_a_window_is_enough(draw, tokens):
     config = Config(draw=draw, block_size=16, batch_size=4, gradient_accumulation_steps=1)
     examples = batches(np.arange(tokens, dtype=np.uint16), config, 0, 50)
     assert examples.min() == 0 and examples.max() == tokens - 1
