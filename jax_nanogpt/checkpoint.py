@@ -56,7 +56,7 @@ def last_good(out_dir):
 
 def check_steps(out_dir):
     if not steps_in(folder_of(out_dir)):
-        raise CheckpointError(f"out_dir is {out_dir}, which holds no checkpoint of train.py")
+        raise CheckpointError(f"out_dir must hold a checkpoint of train.py, got {str(out_dir)!r}")
 
 
 def file_sizes(folder):
@@ -76,41 +76,34 @@ def truncation(folder):
     return f"{wrong[0]} has {actual.get(wrong[0], 0)} bytes of {expected[wrong[0]]}" if wrong else ""
 
 
-def damaged_steps(folder):
+def truncated_steps(folder):
     return {step: damage for step in steps_in(folder) if (damage := truncation(folder / str(step)))}
 
 
-def describe_damage(out_dir, step, damage):
-    return f"iteration {step} in {out_dir} is damaged ({str(damage).splitlines()[0]:.120})"
+def damaged(folder, step, damage):
+    return f"iteration {step} in {folder.parent} is damaged ({str(damage).splitlines()[0]:.120})"
 
 
-def damaged_error(out_dir, step, damage):
+def damaged_error(folder, step, damage):
     remedy = "train.py --init_from=resume moves it aside and resumes from the one before"
-    return CheckpointError(f"{describe_damage(out_dir, step, damage)}; {remedy}")
+    return CheckpointError(f"{damaged(folder, step, damage)}; {remedy}")
 
 
-def move_damaged(out_dir, step, damage):
-    print(f"{describe_damage(out_dir, step, damage)}: moved to checkpoints.damaged/{step}", file=sys.stderr)
-    folder = folder_of(out_dir)
+def move_damaged(folder, step, damage):
+    print(f"{damaged(folder, step, damage)}: moved to checkpoints.damaged/{step}", file=sys.stderr)
     aside = folder.with_name("checkpoints.damaged") / str(step)
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(exist_ok=True)
     (folder / str(step)).rename(aside)
 
 
-def move_former_run(out_dir):
-    folder = folder_of(out_dir)
+def move_former_run(folder):
     if steps_in(folder):
         aside = folder.with_name("checkpoints.old")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     elif folder.exists():
         shutil.rmtree(folder)
-
-
-def delete_moved_steps(folder):
-    if is_main_process():
-        shutil.rmtree(folder / DELETED, ignore_errors=True)
 
 
 def lock(out_dir):
@@ -169,8 +162,8 @@ class Checkpoints:
         self.out_dir, self.writable, self.folder = out_dir, writable, folder_of(out_dir)
         if not writable:
             check_steps(out_dir)
-            for step, damage in damaged_steps(self.folder).items():
-                raise damaged_error(out_dir, step, damage)
+            for step, damage in truncated_steps(self.folder).items():
+                raise damaged_error(self.folder, step, damage)
         self.manager = open_manager(self.folder, writable)
 
     @classmethod
@@ -179,9 +172,10 @@ class Checkpoints:
         check_steps(out_dir)
         if is_main_process():
             lock(out_dir)
-            for step, damage in damaged_steps(folder_of(out_dir)).items():
-                move_damaged(out_dir, step, damage)
-            delete_moved_steps(folder_of(out_dir))
+            folder = folder_of(out_dir)
+            shutil.rmtree(folder / DELETED, ignore_errors=True)
+            for step, damage in truncated_steps(folder).items():
+                move_damaged(folder, step, damage)
         multihost_utils.sync_global_devices("out_dir is ready")  # does nothing in a single process
         return cls(out_dir, writable=True)
 
@@ -190,7 +184,7 @@ class Checkpoints:
         """Locks out_dir and moves a former run's checkpoints to checkpoints.old."""
         if is_main_process():
             lock(out_dir)
-            move_former_run(out_dir)
+            move_former_run(folder_of(out_dir))
         multihost_utils.sync_global_devices("out_dir is ready")
         return cls(out_dir, writable=True)
 
@@ -203,8 +197,8 @@ class Checkpoints:
         )
         try:
             self.manager.save(step, args=items, metrics={"val_loss": val_loss})
-            delete_moved_steps(self.folder)
             if is_main_process():
+                shutil.rmtree(self.folder / DELETED, ignore_errors=True)
                 folder = self.folder / str(step)
                 write_text(folder / SIZES, json.dumps(file_sizes(folder)))
         except Exception as error:  # Orbax and TensorStore report a full disk in many ways
@@ -219,7 +213,9 @@ class Checkpoints:
         return self.manager.best_step()
 
     def about(self, step):
-        return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        about["model"].pop("fast", None)  # which checkpoints had before kernels.py
+        return about
 
     @quiet_orbax()
     def newest(self, read):
@@ -235,12 +231,12 @@ class Checkpoints:
                 return step, result
             damage = damage or "another process cannot read it"
             if not self.writable:
-                raise damaged_error(self.out_dir, step, damage)
+                raise damaged_error(self.folder, step, damage)
             if is_main_process():
-                move_damaged(self.out_dir, step, damage)
+                move_damaged(self.folder, step, damage)
             multihost_utils.sync_global_devices("the damaged step is moved")
             self.manager.reload()
-        raise CheckpointError(f"out_dir is {self.out_dir}, which holds no checkpoint that can be read")
+        raise CheckpointError(f"out_dir must hold a checkpoint that can be read, got {str(self.out_dir)!r}")
 
     @quiet_orbax()
     def restore_model(self, step, dtype="float32"):
@@ -250,7 +246,7 @@ class Checkpoints:
             params = self.manager.restore(step, args=items)["params"]
             config = GPTConfig(**{**self.about(step)["model"], "dtype": dtype})
         except Exception as error:
-            raise damaged_error(self.out_dir, step, error) from error
+            raise damaged_error(self.folder, step, error) from error
         return config, jax.tree.map(lambda p: jnp.asarray(np.asarray(p), dtype), params)
 
     def restore(self, like, step):

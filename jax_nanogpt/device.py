@@ -66,7 +66,7 @@ def choose_devices(name):
     try:
         devices = jax.devices(None if name == "auto" else name)
     except RuntimeError:
-        raise ValueError(f"device is {name}, but JAX finds only: {jax.default_backend()}") from None
+        raise ValueError(f"device must be one that JAX finds here ({jax.default_backend()}), got {name!r}") from None
     jax.config.update("jax_default_device", jax.local_devices(backend=devices[0].client.platform)[0])
     return devices
 

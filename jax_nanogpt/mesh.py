@@ -92,14 +92,14 @@ def shard(tree, like):
     return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, like))
 
 
-def split(x, *axes):
+def constrain(x, *axes):
     """In a jitted function: shards each dimension of x over the axes named for it. Without a mesh, x as it is."""
     return x if jax.sharding.get_abstract_mesh().empty else lax.with_sharding_constraint(x, P(*axes))
 
 
 def constrain_state(tree):
     """In a jitted function: shards parameters, gradients or the optimizer state as shapes_on does."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: split(leaf, *partition_spec(path, leaf)), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: constrain(leaf, *partition_spec(path, leaf)), tree)
 
 
 def max_over_processes(mesh, number):
@@ -112,4 +112,4 @@ def max_over_processes(mesh, number):
 
 @jax.jit
 def _max(numbers):
-    return split(numbers.max())
+    return constrain(numbers.max())

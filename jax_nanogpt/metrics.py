@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from jax_nanogpt.device import is_main_process
-from jax_nanogpt.files import write_beside, write_text
+from jax_nanogpt.files import write_file, write_text
 
 
 def log(text, file=None):
@@ -46,4 +46,4 @@ class Metrics:
         axes.set(xlabel="iteration", ylabel="cross-entropy, nats/token")
         axes.grid(alpha=0.3)
         axes.legend()
-        write_beside(self.chart, lambda path: figure.savefig(path, format="png", dpi=120))
+        write_file(self.chart, lambda path: figure.savefig(path, format="png", dpi=120))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_nanogpt.mesh import split
+from jax_nanogpt.mesh import constrain
 
 
 def schedule(config):
@@ -55,7 +55,7 @@ def make_optimizer(config):
     muon = optax.chain(
         optax.trace(c.muon_momentum, nesterov=True),
         # replicated: sharded, these small products would cost more in communication than they save in arithmetic
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u: split(orthogonalize(split(u))), updates)),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u: constrain(orthogonalize(constrain(u))), updates)),
         optax.add_decayed_weights(c.muon_weight_decay),
         optax.scale_by_learning_rate(lambda step: c.muon_lr * fraction(step)),
     )

@@ -43,7 +43,7 @@ def find_start(config, dataset):
     other = load_tokenizer(start.tokenizer_folder)
     if other.decode(range(other.n_vocab)) != tokenizer.decode(range(tokenizer.n_vocab)):
         raise ValueError(f"dataset must have the tokens that {start.tokenizer_folder} was trained on, got {dataset}")
-    training = {key: getattr(config, key) for key in ("dropout", "dtype", "fast", "remat")}
+    training = {key: getattr(config, key) for key in ("dropout", "dtype", "remat")}
     return start._replace(model_config=replace(start.model_config, **training))
 
 

@@ -35,9 +35,10 @@ from jax_nanogpt.configurator import configure
 from jax_nanogpt.dataset import SPLITS, draw_starts, find_dataset, open_split, read
 from jax_nanogpt.device import choose_devices, describe, init_distributed, is_main_process
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files
-from jax_nanogpt.mesh import BATCH, constrain_state, make_mesh, max_over_processes, split
+from jax_nanogpt.kernels import choose_kernels
+from jax_nanogpt.mesh import BATCH, constrain, constrain_state, make_mesh, max_over_processes
 from jax_nanogpt.metrics import Metrics, log
-from jax_nanogpt.model import GPT, count_params, flops_per_token
+from jax_nanogpt.model import GPT, Kernels, count_params, flops_per_token
 from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.start import MAY_CHANGE, Start, find_start, first_state
 
@@ -98,7 +99,7 @@ class Config:
     coordinator: str = ""  # host:port of process 0 for training in several processes, or auto on a cluster
     num_processes: int = 1
     process_id: int = 0
-    fast: bool = True  # on a CPU multiply, and on an NVIDIA GPU attend, as speed.py does
+    fast: bool = True  # kernels.py's matrix products on a CPU, and its attention on an NVIDIA GPU
     remat: bool = False  # recompute activations in the backward pass: a third more arithmetic, much less memory
     iters_per_call: int = 10  # iterations in one jitted call
 
@@ -162,14 +163,14 @@ def train_iterations(model, optimizer, params, opt_state, examples, first, count
         loss, gradients = jax.tree.map(lambda total: total / accumulation, sums)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         state = constrain_state((optax.apply_updates(params, updates), opt_state))
-        return *state, history.at[i].set(split(loss))
+        return *state, history.at[i].set(constrain(loss))
 
     return lax.fori_loop(0, count, iteration, (params, opt_state, jnp.zeros(len(examples))))
 
 
 @partial(jax.jit, static_argnames="model")
 def window_losses(model, params, windows):
-    return split(losses(model, params, windows).mean(axis=1))
+    return constrain(losses(model, params, windows).mean(axis=1))
 
 
 def evaluate(model, params, data, config, sharding):
@@ -228,7 +229,9 @@ class Run:
 
     def __init__(self, setup, optimizer, iteration, params, opt_state):
         self.config, start, self.splits, self.mesh = setup
-        self.model, self.optimizer = GPT(start.model_config), optimizer
+        device, dtype = self.mesh.devices.flat[0], self.config.dtype
+        self.model = GPT(start.model_config, choose_kernels(device, dtype) if self.config.fast else Kernels())
+        self.optimizer = optimizer
         self.start = self.iteration = iteration
         self.params, self.opt_state = params, opt_state
         self.key = jax.random.key(self.config.seed)
@@ -301,7 +304,7 @@ class Run:
     def record(self, call, loss, s_per_iter):
         config = self.config
         tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
-        tflops = flops_per_token(self.model.config, self.params) * tokens / s_per_iter / 1e12
+        tflops = flops_per_token(self.model.config) * tokens / s_per_iter / 1e12
         self.metrics.add(iter=call.first + call.count, loss=loss, s_per_iter=round(s_per_iter, 6))
         self.bar.update(call.count)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens / s_per_iter:,.0f} tokens/s, {tflops:.3f} TFLOP/s")
@@ -351,7 +354,7 @@ def train(setup):
     optimizer = make_optimizer(config)
     run = Run(setup, optimizer, *first_state(config, start, mesh, optimizer))
     where = f"{describe(mesh.devices.ravel(), config.dtype)}{meshes.describe(mesh)}"
-    log(f"GPT ({count_params(run.params) / 1e6:.1f}M parameters) on {where}")
+    log(f"GPT ({count_params(start.model_config) / 1e6:.1f}M parameters) on {where}")
     with jax.set_mesh(mesh) if mesh.size > 1 else nullcontext():  # the program of one device has no constraints in it
         if config.eval_only:
             run.evaluate()

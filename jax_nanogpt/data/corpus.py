@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
+from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_file, write_text
 from shared.tokenizer import Characters
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -35,7 +35,7 @@ def shakespeare(local_copy, folder):
     path = local_copy or folder / "input.txt"
     if local_copy is None and not path.exists():
         data = download(SHAKESPEARE_URL, SHAKESPEARE_SHA256)
-        write_beside(path, lambda temporary: temporary.write_bytes(data))
+        write_file(path, lambda temporary: temporary.write_bytes(data))
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
@@ -86,7 +86,7 @@ def write_dataset(folder, splits, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     for split, ids in splits.items():
         row = np.asarray(ids, np.uint16)
-        write_beside(folder / f"{split}.bin", row.tofile)
+        write_file(folder / f"{split}.bin", row.tofile)
         print(f"{split}.bin: {len(row):,} tokens")
     print(f"vocabulary: {tokenizer.n_vocab:,}")
 

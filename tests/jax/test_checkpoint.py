@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_nanogpt.checkpoint import CheckpointError, Checkpoints, last_good, steps_in
-from jax_nanogpt.files import copy_files, write_beside, write_text
+from jax_nanogpt.files import copy_files, write_file, write_text
 
 
 def save(checkpoints, losses):
@@ -108,7 +108,7 @@ def test_a_failed_save_leaves_the_steps_before_and_no_temporary_folder(out_dir, 
 
 def test_a_folder_without_a_run_is_refused(out_dir):
     for use in Checkpoints, Checkpoints.resume:
-        with pytest.raises(CheckpointError, match="which holds no checkpoint of train.py$"):
+        with pytest.raises(CheckpointError, match="^out_dir must hold a checkpoint of train.py, got '.*/out'$"):
             use(out_dir)
 
 
@@ -122,7 +122,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="^.*/file cannot be written: No space left on device$"):
-        write_beside(path, half)
+        write_file(path, half)
     assert path.read_text(encoding="utf-8") == "before" and list(tmp_path.iterdir()) == [path]
     write_text(path, "after")
     assert path.read_text(encoding="utf-8") == "after" and list(tmp_path.iterdir()) == [path]

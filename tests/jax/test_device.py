@@ -67,7 +67,7 @@ def test_the_first_line_says_where_bfloat16_takes_the_plain_path(machine):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpu", "^device is gpu, but JAX finds only: cpu$"),
+        ("gpu", r"^device must be one that JAX finds here \(cpu\), got 'gpu'$"),
         ("cuda", "^device must be one of auto, cpu, gpu, tpu, got 'cuda'$"),
     ],
 )

@@ -161,7 +161,7 @@ def test_mistakes_end_in_one_line_and_status_2(run, finished, dataset, tmp_path,
     (tmp_path / "odd" / "train.bin").write_bytes(b"\0" * 1001)
     resume = "--init_from=resume", f"--out_dir={finished}"
     messages = {
-        ("--init_from=resume",): "none, which holds no checkpoint",
+        ("--init_from=resume",): "out_dir must hold a checkpoint of train.py, got",
         ("--init_from=nowhere",): "'nowhere'",
         ("--dataset=nowhere",): "(python data/NAME/prepare.py writes them), got 'nowhere'",
         ("--block_size=100000",): "must hold more than block_size (100000) uint16 tokens",

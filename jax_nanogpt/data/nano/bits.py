@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_nanogpt import weight_loader
 from jax_nanogpt.data.corpus import make_parser, shakespeare
+from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT
 from jax_nanogpt.train import losses
 from shared.tokenizer import find_model, load_tokenizer
@@ -35,7 +36,8 @@ def bits(config, params, tokenizer, text):
     padded = np.pad(ids, (0, T), constant_values=tokenizer.eot)  # after the text, where no token attends to it
     windows = padded[starts[:, None] + np.arange(T + 1)]
     windows = np.resize(windows, (-(-len(starts) // BATCH) * BATCH, T + 1)).reshape(-1, BATCH, T + 1)
-    nats = np.concatenate([token_losses(GPT(config), params, batch) for batch in windows])[: len(starts)]  # windows, T
+    model = GPT(config, choose_kernels(jax.devices()[0], config.dtype))
+    nats = np.concatenate([token_losses(model, params, batch) for batch in windows])[: len(starts)]  # windows, T
     first_seen = np.arange(T) >= T // 2 * (starts > 0)[:, None]
     inside = starts[:, None] + np.arange(T) < count
     return float(nats[first_seen & inside].astype(np.float64).sum()) / math.log(2)
