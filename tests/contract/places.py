@@ -26,6 +26,7 @@ def copy_of(project, folder):
     left_out = shutil.ignore_patterns("executables", "out*", "__pycache__")
     for name in (project, "shared"):
         shutil.copytree(ROOT / name, folder / name, ignore=left_out)
+    (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
     return folder
 
 
