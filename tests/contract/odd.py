@@ -49,7 +49,7 @@ def writes(file, content):
 def configures(**settings):
     def change(folder):
         path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | settings), encoding="utf-8")
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
 
     return change
 
@@ -59,7 +59,7 @@ def lists_only(*keys, **renamed):
 
     def change(folder):
         path = folder / "config.json"
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         kept = {key: config[key] for key in keys} | {new: config[old] for new, old in renamed.items()}
         path.write_text(json.dumps(kept), encoding="utf-8")
 

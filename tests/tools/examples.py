@@ -61,7 +61,7 @@ def python_of(root: Path, project: str) -> Path:
     python = root / ".tox" / env / "bin" / "python"
     if not python.exists():
         print(f" (its environment is being made, in .tox/{env}: a minute or two)", flush=True)
-    with open(root / ".tox" / f"{env}.lock", "w") as lock:  # tox does not expect to run twice at a time
+    with (root / ".tox" / f"{env}.lock").open("wb") as lock:  # tox does not expect to run twice at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
         made = subprocess.run([sys.executable, "-m", "tox", "run", "-qq", "--notest", "-e", env], cwd=root)
     if made.returncode:
