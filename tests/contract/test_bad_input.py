@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, example, given, note, settings
 
 from tests.contract.bad_input import bad_words, cuts, damage, damages, write_files
 from tests.contract.places import copy_of, is_temporary
@@ -30,10 +30,12 @@ WORDS |= {f"{project}/bench.py": "--model=nothing" for project in EXAMPLES}  # a
 SCRIPTS = [*EXAMPLE_OF.items(), *(tuple(script.split("/")) for script in WORDS)]
 
 
-def examples(count):
-    """settings: so many in make test, twenty times as many in make fuzz."""
-    factor = 20 if settings.get_current_profile_name() == "fuzz" else 1
-    return settings(max_examples=factor * count, suppress_health_check=[*HealthCheck])
+FOUND = [  # by earlier runs, in one project or another
+    ["--prompt=--"],  # of which argparse makes an empty list before Python 3.13
+    [f"--model={10**6 * 'x'}", "--device=\n\n"],
+    ["--dump=device"],  # a file replaced it
+    *[[f"--{name}={2**63}"] for name in ("max-new-tokens", "top-k", "seed")],
+]
 
 
 class Sandbox:
@@ -127,16 +129,24 @@ def sandbox(pythons, tmp_path_factory):
         one.served.close()
 
 
+def try_all(check, strategy, count, found=()):
+    """check(case) for what earlier runs found, and for as many drawn cases; twenty times as many in make fuzz."""
+    factor = 20 if settings.get_current_profile_name() == "fuzz" else 1
+    check = settings(max_examples=factor * count, suppress_health_check=[*HealthCheck])(given(strategy)(check))
+    for case in found:
+        check = example(case)(check)
+    check()
+
+
 @pytest.mark.parametrize(("project", "script"), SCRIPTS)
 def test_words(project, script, sandbox, report):
     box, ends = sandbox(project), Counter()
 
-    @examples(16 if script == box.example else 4)
-    @given(bad_words(box.flags(script)))
     def check(words):
         ends[box.check(script, words)] += 1
 
-    check()
+    strategy = bad_words(box.flags(script))
+    try_all(check, strategy, *((16, FOUND) if script == box.example else (4,)))
     report("counts", f"{project}/{script}: {ends.total()} command lines, {ends[2]} of them refused")
 
 
@@ -144,12 +154,11 @@ def test_words(project, script, sandbox, report):
 def test_files(project, sandbox, report):
     box, ends = sandbox(project), Counter()
 
-    @examples(16)
-    @given(damages(box.made))
     def check(spoil):
         ends[box.check(box.example, spoil=spoil)] += 1
 
-    check()
+    found = [("deep" if name.endswith(".json") else "cut", name, 50) for name in box.made]
+    try_all(check, damages(box.made), 16, found)
     report("counts", f"{project}: {ends.total()} damaged files, {ends[2]} of them refused")
 
 
@@ -157,11 +166,9 @@ def test_files(project, sandbox, report):
 def test_a_cut_file_is_refused_or_gives_the_same_text(project, sandbox, report):
     box, ends = sandbox(project), Counter()
 
-    @examples(16)
-    @given(cuts)
     def check(spoil):
         ends[status := box.check(box.example, spoil=spoil)] += 1
         assert status or read_dump(box.folder / "dump.npz")["tokens"].tolist() == box.tokens
 
-    check()
+    try_all(check, cuts, 16)
     report("counts", f"{project}: {ends.total()} cut files, {ends[2]} of them refused")
