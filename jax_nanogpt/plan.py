@@ -40,7 +40,7 @@ MACHINE = 8  # devices in one
 
 
 def held(tree):
-    """Bytes of the tree that one device holds."""
+    """The bytes of the tree on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -52,11 +52,11 @@ def plan(config, sizes, accelerator, rows, tokens, utilisation):
     devices, shares = mesh.size, sizes["data"] * sizes["fsdp"]
     micro_batches = math.ceil(tokens / (rows * shares * config.block_size))
     tokens = micro_batches * rows * shares * config.block_size
-    whole, positions = 4 * count_params(config), rows * config.block_size  # float32; a device's tokens at once
+    whole, positions = 4 * count_params(config), rows * config.block_size  # float32; tokens in a device's micro-batch
 
-    # Memory. Activations in bfloat16: 34 bytes for each token, layer and unit of width with fused attention (arXiv
-    # 2205.05198); with remat 2, and one block's 34. Without remat the gathered parameters are kept for the backward
-    # pass, with it one block's. The logits and their gradient are float32.
+    # Memory. Activations in bfloat16: 34 bytes per token, layer and unit of width with fused attention (arXiv
+    # 2205.05198); with remat 2, and 34 in one block. Without remat the gathered parameters are kept for the backward
+    # pass, with it those of one block. The logits and their gradient are float32.
     blocks = config.n_layer if not config.remat else 1
     activations = positions * config.n_embd * (34 * blocks + 2 * config.n_layer * config.remat)
     gathered = (whole if not config.remat else whole / config.n_layer) * (sizes["fsdp"] > 1)
@@ -67,8 +67,8 @@ def plan(config, sizes, accelerator, rows, tokens, utilisation):
         "logits": 2 * 4 * positions * config.vocab_size,
     }
 
-    # Communication of a device, for each micro-batch: to gather the parameters (twice with remat), and to scatter the
-    # sums of the gradients, a device sends all but its own slice; over data, the slices are summed: out and back.
+    # Communication. Per micro-batch a device sends all but its own shard, to all-gather the parameters (twice with
+    # remat) and to reduce-scatter the gradients; over data it all-reduces its shard, which sends it twice.
     fsdp, data = sizes["fsdp"], sizes["data"]
     slices = micro_batches * (2 + config.remat) * whole * (fsdp - 1) / fsdp
     sums = micro_batches * 2 * whole / fsdp * (data - 1) / data

@@ -55,6 +55,9 @@ def test_a_fresh_start_keeps_the_former_run_and_deletes_the_one_before(out_dir):
     for step in 1, 2, 3:
         save(Checkpoints.start(out_dir), {step: 1.0})
     assert steps_in(out_dir / "checkpoints") == [3] and steps_in(out_dir / "checkpoints.old") == [2]
+    for _ in range(2):
+        Checkpoints.start(out_dir)  # of runs that end before they save
+    assert steps_in(out_dir / "checkpoints") == [] and steps_in(out_dir / "checkpoints.old") == [3]
 
 
 HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"

@@ -32,12 +32,13 @@ def test_each_update_is_as_large_as_the_schedule_says():
     """Under a constant gradient, AdamW takes steps of the learning rate, and Muon of its own."""
     rule = make_optimizer(replace(CONFIG, optimizer="muon", muon_lr=0.3, weight_decay=0.0))
     gradients = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(0), p.shape), PARAMS)
-    update, state, sizes = jax.jit(rule.update), rule.init(PARAMS), []
-    for _ in range(130):
-        updates, state = update(gradients, state, PARAMS)
-        sizes.append((jnp.abs(updates["wte"]).max(), jnp.linalg.norm(updates["h_0"]["c_attn"]["kernel"])))
-    adamw, muon = np.array(sizes).T
-    fractions = np.array([schedule(CONFIG)(step) for step in range(130)])
+
+    def step(state, _):
+        updates, state = rule.update(gradients, state, PARAMS)
+        return state, (jnp.abs(updates["wte"]).max(), jnp.linalg.norm(updates["h_0"]["c_attn"]["kernel"]))
+
+    _, (adamw, muon) = jax.lax.scan(step, rule.init(PARAMS), length=130)
+    fractions = schedule(CONFIG)(jnp.arange(130))
     np.testing.assert_allclose(adamw, 1e-2 * fractions, rtol=1e-3)
     direction = orthogonalize(gradients["h_0"]["c_attn"]["kernel"])
     np.testing.assert_allclose(muon, 0.3 * fractions * jnp.linalg.norm(direction), rtol=1e-3)

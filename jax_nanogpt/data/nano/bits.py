@@ -24,7 +24,7 @@ from jax_nanogpt.train import losses
 from shared.tokenizer import find_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
-BATCH = 16
+BATCH = 4  # of windows: most help topics have three
 token_losses = jax.jit(losses, static_argnums=0)
 
 
