@@ -1,6 +1,6 @@
 """train.py's configuration: defaults, then config files, then --key=value, each checked and nothing executed.
 
-A config file holds Python assignments of literals, one a key: `learning_rate = 1e-3`.
+A config file holds Python assignments of literals, one per key: `learning_rate = 1e-3`.
 """
 
 import ast
@@ -24,7 +24,7 @@ def check_type(key, value, types, where=""):
 
 
 def suggestion(key, names):
-    """lr stands for learning_rate, and max_iter is a slip for max_iters."""
+    """The initials of a setting are taken for it, as in lr for learning_rate."""
     initials = [name for name in names if key == "".join(word[:1] for word in name.split("_"))]
     similar = initials or difflib.get_close_matches(key, names, n=1)
     return f"did you mean {' or '.join(similar)}?" if similar else "--help lists the settings"

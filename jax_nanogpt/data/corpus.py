@@ -36,11 +36,11 @@ def shakespeare(local_copy, folder):
     if local_copy is None and not path.exists():
         data = download(SHAKESPEARE_URL, SHAKESPEARE_SHA256)
         write_file(path, lambda temporary: temporary.write_bytes(data))
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--input must be UTF-8 text, got {path}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--input must be a UTF-8 text file, got {path}: {error}") from None
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
         if len(text) < 100:
             raise ValueError(f"--input must have 100 characters or more, got {len(text)} in {path}")

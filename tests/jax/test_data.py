@@ -123,8 +123,8 @@ def test_without_a_network_one_line_names_both_remedies(name, prepare, downloads
     ("content", "message"),
     [
         (b"", "--input must have 100 characters or more, got 0 in"),
-        (b"\xff" * 200, "--input must be UTF-8 text, got"),
-        (None, "No such file or directory"),
+        (b"\xff" * 200, "--input must be a UTF-8 text file, got"),
+        (None, "--input must be a UTF-8 text file, got"),
     ],
 )
 def test_a_local_copy_that_cannot_be_used_is_refused_in_one_line(name, content, message, prepare, tmp_path):
