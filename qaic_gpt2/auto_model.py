@@ -80,14 +80,14 @@ class QEFFAutoModelForCausalLM:
 
     def export(self, export_dir=None):
         """The path of the ONNX file. Its folder is named by the weights, the dtype and the code, and written once."""
-        source = f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__} "
-        source += code_hash(model, weight_loader, exporter)
-        folder = Path(export_dir or home(), f"GPT2LMHeadModel-{short_hash(source)}")
-        if not folder.is_dir():
-            try:
-                gpt = weight_loader.load(self.folder, self.dtype)
-            except ValueError as error:
-                raise RefusedError(error) from None
+        code = code_hash(model, weight_loader, exporter)
+        try:
+            key = short_hash(f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__} {code}")
+            folder = Path(export_dir or home(), f"GPT2LMHeadModel-{key}")
+            gpt = None if folder.is_dir() else weight_loader.load(self.folder, self.dtype)
+        except ValueError as error:
+            raise RefusedError(error) from None
+        if gpt:
             with write_folder(folder) as temporary:
                 exporter.export(gpt, temporary)
         self.onnx_path = folder / exporter.GRAPH
