@@ -19,7 +19,6 @@ import torch
 from qaic_gpt2 import compiler, exporter, generation, model, quantizer, weight_loader
 from qaic_gpt2.files import RefusedError, sha256, write_folder
 from qaic_gpt2.runtime import ENGINE, Session
-from shared.sampling import Sampler
 from shared.tokenizer import find_model
 
 
@@ -193,7 +192,6 @@ class QEFFAutoModelForCausalLM:
             print(f"device_id={device_id} names a card, and is without effect here")
         if hasattr(tokenizer, "convert_ids_to_tokens"):
             tokenizer = generation.HuggingFaceBytes(tokenizer)
-        sampler = sampler or Sampler(temperature=0)
         options = generation.Options(generation_len, sampler, ignore_eos, stream, return_logits)
         batches = generation.batches(prompts, self.session.batch_size)
         info = generation.join([generation.generate_batch(self.session, tokenizer, each, options) for each in batches])
