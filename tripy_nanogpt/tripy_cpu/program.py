@@ -151,7 +151,7 @@ def load(path):
         program = Program(inputs, [Node(*n) for n in nodes], outputs, constants)
         return Executable(program, **from_json(about["executable"]))
     except (KeyError, TypeError, AttributeError, safetensors.SafetensorError, *ERRORS) as error:
-        raise_error(f"{path} is no executable for the CPU: {error}")
+        raise_error(f"{path} is not an executable for the CPU: {error}")
 
 
 def lower(trace):
