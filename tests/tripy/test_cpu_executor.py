@@ -27,16 +27,16 @@ HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 FAST = pytest.mark.parametrize("fast", [False, True])
 
 
-def put(tensor):
+def to_gpu(tensor):
     return tp.copy(tp.Tensor(tensor.contiguous()), GPU)
 
 
-def get(tensor):
+def to_torch(tensor):
     return torch.from_dlpack(tensor).clone()
 
 
 def at(position):
-    return put(torch.tensor([position], dtype=torch.int32))
+    return to_gpu(torch.tensor([position], dtype=torch.int32))
 
 
 def info(*shape, dtype=tp.float32):
@@ -46,7 +46,7 @@ def info(*shape, dtype=tp.float32):
 def run(function, *tensors):
     """function compiled for these tensors' types and shapes, and run on them."""
     infos = [tp.InputInfo(tuple(t.shape), dtype=getattr(tp, str(t.dtype).removeprefix("torch."))) for t in tensors]
-    return get(tp.compile(function, args=infos)(*map(put, tensors)))
+    return to_torch(tp.compile(function, args=infos)(*map(to_gpu, tensors)))
 
 
 def ordered(x):
@@ -112,13 +112,13 @@ def test_outputs_do_not_alias_constants_inputs_or_each_other():
     constant, x = torch.ones(2, 3), torch.arange(6.0).reshape(2, 3)
     kept = tp.Tensor(constant)
     function = tp.compile(lambda x: [kept + 0.0, x, tp.reshape(x, (3, 2)), tp.permute(x, (1, 0))], args=[info(2, 3)])
-    given = put(x)
+    given = to_gpu(x)
     for _ in range(2):
         outputs = [torch.from_dlpack(out) for out in function(given)]
         for out, expected in zip(outputs, (constant, x, x.reshape(3, 2), x.t()), strict=True):
             assert torch.equal(out, expected)
             out.fill_(7)
-        assert torch.equal(get(given), x)
+        assert torch.equal(to_torch(given), x)
 
 
 def test_an_output_that_others_are_computed_from_keeps_its_value():
@@ -129,9 +129,9 @@ def test_an_output_that_others_are_computed_from_keeps_its_value():
         return [product, tp.reshape(product, (1, 160)), product + bias, tp.reshape(product, (160,)) + bias]
 
     x = torch.randn(1, 160)
-    outputs = tp.compile(function, args=[info(1, 160)])(put(x))
+    outputs = tp.compile(function, args=[info(1, 160)])(to_gpu(x))
     for out, expected in zip(outputs, (x, x, x + 1, x[0] + 1), strict=True):
-        assert torch.allclose(get(out), expected, atol=1e-5)
+        assert torch.allclose(to_torch(out), expected, atol=1e-5)
 
 
 def test_constants_are_baked_in():
@@ -140,7 +140,7 @@ def test_constants_are_baked_in():
     function = tp.compile(lambda x: x @ kept[0] + kept[1], args=[info(1, 200)])
     expected = x @ weight + vector
     weight.zero_(), vector.zero_()
-    assert torch.allclose(get(function(put(x))), expected, atol=1e-4)
+    assert torch.allclose(to_torch(function(to_gpu(x))), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("transposed", [True, False])
@@ -197,17 +197,17 @@ def test_dynamic_shapes_at_the_edges():
     function = tp.compile(function, args=[info((1, 3, 6))])
     for n in (1, 3, 6, 2, 1):
         x = torch.randn(n)
-        assert torch.allclose(get(function(put(x))), x.softmax(0) * n + torch.arange(n), atol=1e-6)
+        assert torch.allclose(to_torch(function(to_gpu(x))), x.softmax(0) * n + torch.arange(n), atol=1e-6)
     for n in (0, 7):
         with pytest.raises(tp.TripyException, match="Unexpected tensor shape"):
-            function(put(torch.randn(n)))
+            function(to_gpu(torch.randn(n)))
 
 
 def test_sizes_as_inputs():
     function = tp.compile(lambda x, n: tp.reshape(x, (-1, n)), args=[info(12), tp.DimensionInputInfo((2, 3, 6))])
     x = torch.arange(12.0)
     for n in (2, 3, 6, 3):
-        assert torch.equal(get(function(put(x), tp.DimensionSize(n))), x.reshape(-1, n))
+        assert torch.equal(to_torch(function(to_gpu(x), tp.DimensionSize(n))), x.reshape(-1, n))
 
 
 # -- errors
@@ -231,7 +231,7 @@ def test_an_operation_without_a_kernel_is_named():
 def test_an_index_out_of_range_raises_nvtripys_error():
     function = tp.compile(lambda x, i: tp.gather(x, 0, i), args=[info(3, 2), info(1, dtype=tp.int32)])
     with pytest.raises(tp.TripyException, match="index 3"):
-        function(put(torch.ones(3, 2)), at(3))
+        function(to_gpu(torch.ones(3, 2)), at(3))
 
 
 def test_float8_does_not_leave_through_dlpack():
@@ -260,11 +260,11 @@ def cache_update():
 
 
 def new(value):
-    return put(torch.full((2, 1, 3), float(value)))
+    return to_gpu(torch.full((2, 1, 3), float(value)))
 
 
 def zeros():
-    return put(torch.zeros(2, S, 3))
+    return to_gpu(torch.zeros(2, S, 3))
 
 
 def test_cache_is_written_in_place(cache_update):
@@ -283,12 +283,12 @@ def test_older_caches_keep_their_values(cache_update, order):
         row, value = torch.randn(2, 1, 3), expected[i].clone()
         if 0 <= position < S:
             value[:, position] = row[:, 0]
-        cache, total = cache_update(put(row), held[i], at(position))
-        assert torch.allclose(get(total), value.sum(), atol=1e-5)
+        cache, total = cache_update(to_gpu(row), held[i], at(position))
+        assert torch.allclose(to_torch(total), value.sum(), atol=1e-5)
         held.append(cache)
         expected.append(value)
     for i in order:
-        assert torch.equal(get(held[i]), expected[i])
+        assert torch.equal(to_torch(held[i]), expected[i])
 
 
 def test_view_outside_nvtripy_is_not_written(cache_update):
@@ -296,9 +296,9 @@ def test_view_outside_nvtripy_is_not_written(cache_update):
     view = torch.from_dlpack(cache)
     before = view.clone()
     newer, _ = cache_update(new(5), cache, at(0))
-    assert torch.equal(view, before) and get(newer)[0, 0, 0] == 5
+    assert torch.equal(view, before) and to_torch(newer)[0, 0, 0] == 5
     view.fill_(9)
-    assert get(newer)[0, 1, 0] == 0
+    assert to_torch(newer)[0, 1, 0] == 0
 
 
 def test_one_cache_given_twice():
@@ -307,14 +307,14 @@ def test_one_cache_given_twice():
 
     same = zeros()
     a, b = tp.compile(both, args=[NEW, OLD, OLD, POSITION])(new(1), same, same, at(4))
-    assert (get(a)[:, 4] == 1).all() and (get(b)[:, 4] == 2).all() and (get(same) == 0).all()
+    assert (to_torch(a)[:, 4] == 1).all() and (to_torch(b)[:, 4] == 2).all() and (to_torch(same) == 0).all()
 
 
 def test_cache_that_is_read_after_the_update_is_not_written():
     function = tp.compile(lambda n, old, i: [update(n, old, i)[0], old * 2.0], args=[NEW, OLD, POSITION])
     start = torch.randn(2, S, 3)
-    cache, doubled = function(new(1), put(start), at(2))
-    assert torch.equal(get(doubled), start * 2) and (get(cache)[:, 2] == 1).all()
+    cache, doubled = function(new(1), to_gpu(start), at(2))
+    assert torch.equal(to_torch(doubled), start * 2) and (to_torch(cache)[:, 2] == 1).all()
 
 
 def test_view_of_a_cache_is_not_written_by_the_next_update():
@@ -325,7 +325,7 @@ def test_view_of_a_cache_is_not_written_by_the_next_update():
     compiled = tp.compile(function, args=[NEW, OLD, POSITION])
     flat, cache, same = compiled(new(1), zeros(), at(0))
     compiled(new(5), cache, at(0))
-    assert get(flat)[0, 0] == get(same)[0, 0, 0] == get(cache)[0, 0, 0] == 1
+    assert to_torch(flat)[0, 0] == to_torch(same)[0, 0, 0] == to_torch(cache)[0, 0, 0] == 1
 
 
 def test_other_conditions_are_not_taken_for_slots():
@@ -335,7 +335,7 @@ def test_other_conditions_are_not_taken_for_slots():
         return [tp.where(tp.reshape(kept, (4, 1)) == tp.reshape(position, (1, 1)), new, old)]
 
     compiled = tp.compile(function, args=[info(1, 3), info(4, 3), POSITION])
-    out = get(compiled(put(torch.ones(1, 3)), put(torch.zeros(4, 3)), at(1))[0])
+    out = to_torch(compiled(to_gpu(torch.ones(1, 3)), to_gpu(torch.zeros(4, 3)), at(1))[0])
     assert out[:, 0].tolist() == [0, 1, 1, 0]
 
 
@@ -346,14 +346,14 @@ def test_other_conditions_are_not_taken_for_slots():
 def test_integers_round_half_to_even_and_saturate(kind, low, high):
     x = torch.tensor([-1000.0, -1.5, -0.5, 0.49, 0.5, 1.5, 2.5, 1000.0])
     q = tp.dequantize(tp.quantize(tp.Tensor(x), 1.0, kind), 1.0, tp.float32)
-    assert get(q).tolist() == [low, -2, 0, 0, 0, 2, 2, high]
+    assert to_torch(q).tolist() == [low, -2, 0, 0, 0, 2, 2, high]
 
 
 def test_float8_is_torchs():
     x = torch.randn(1000) * 100
     q = tp.quantize(tp.Tensor(x), 0.5, tp.float8)
     expected = (x / 0.5).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.5
-    assert torch.equal(get(tp.dequantize(q, 0.5, tp.float32)), expected)
+    assert torch.equal(to_torch(tp.dequantize(q, 0.5, tp.float32)), expected)
 
 
 def quantized(kind, dtype=torch.float32, out=320, into=256):
@@ -410,7 +410,7 @@ def test_quantized_weights_are_held_at_their_size(kind, size, fast, monkeypatch)
     monkeypatch.setattr(tripy_cpu.weights, "BFLOAT16", fast)
     linear, dense = quantized(kind, out=1024, into=1024)
     program = tp.compile(linear, args=[info(1, 1024)])
-    program(put(torch.randn(1, 1024)))
+    program(to_gpu(torch.randn(1, 1024)))
     held = program._executable.constants.values()
     tensors = {id(t): t for value in held for t in vars(value).values() if torch.is_tensor(t) and not t.is_meta}
     assert sum(t.nbytes for t in tensors.values()) < size * 4 * dense.numel()
@@ -484,10 +484,10 @@ def saved(tmp_path):
 def test_save_and_load(saved, kind, fast, monkeypatch):
     monkeypatch.setattr(tripy_cpu.weights, "BFLOAT16", fast)
     first, path = saved(kind)
-    x = put(torch.randn(1, 3, 256))
-    expected = get(first(x)[0])
+    x = to_gpu(torch.randn(1, 3, 256))
+    expected = to_torch(first(x)[0])
     for _ in range(2):
-        assert torch.equal(get(tp.Executable.load(str(path))(x)[0]), expected)
+        assert torch.equal(to_torch(tp.Executable.load(str(path))(x)[0]), expected)
         first.save(str(path))  # after it has run, too
 
 
@@ -537,4 +537,4 @@ def test_table_and_head_can_be_one_weight(tmp_path):
     for count in (2, 1, 4):
         ids = torch.arange(count, dtype=torch.int32) * 7
         expected = table[ids.long()] @ table.t()
-        assert all(torch.allclose(get(each(put(ids))), expected, atol=1e-3) for each in (program, again))
+        assert all(torch.allclose(to_torch(each(to_gpu(ids))), expected, atol=1e-3) for each in (program, again))
