@@ -21,8 +21,10 @@ demo: $(TOX)
 bench: $(TOX)
 	@$(TOX) run -qq -e bench -- $(BENCH)
 
+# the tests of bad input and of shared, with many more examples, other ones each time
 fuzz: $(TOX)
-	@$(TOX) run -qq -e fuzz -- $(FUZZ)
+	$(TOX) exec -e parity -- pytest tests/contract/test_bad_input.py -n 2 --dist=loadgroup --hypothesis-profile=fuzz $(FUZZ)
+	$(TOX) exec -e shared -- pytest tests/shared --hypothesis-profile=fuzz
 
 # mutation testing: one fault at a time in a copy of the code, which tests must notice
 mutants: $(TOX)
