@@ -1,5 +1,6 @@
 """The conventions that ruff and import-linter (pyproject.toml) do not check."""
 
+import ast
 import configparser
 import os
 import re
@@ -85,6 +86,21 @@ def test_shared_holds_the_tokenizer_and_sampling():
     assert {path.name for path in PATHS if path.parts[0] == "shared"} == rules.SHARED
     packages = [path for path in PATHS if path.parts[0] == "tests" and path.name == "__init__.py"]
     assert not packages, "a package tests/jax would shadow jax"
+
+
+def source_of(path, name):
+    for node in ast.parse(text := read(path)).body:
+        if name in (getattr(node, "name", ""), *(target.id for target in getattr(node, "targets", ()))):
+            return ast.get_source_segment(text, node)
+    return pytest.fail(f"{path} must define {name}")
+
+
+LOADER = "FIXED FLOATS read_config read_json weight_files tensor_shapes read_tensors check_tensor".split()
+
+
+@pytest.mark.parametrize("name", LOADER)
+def test_the_weight_loaders_have_the_same_text(name):
+    assert len({source_of(f"{project}/weight_loader.py", name) for project in PROJECTS}) == 1
 
 
 # -- pins
