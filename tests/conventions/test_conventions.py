@@ -95,10 +95,10 @@ def source_of(path, name):
     return pytest.fail(f"{path} must define {name}")
 
 
-LOADER = "FIXED FLOATS read_config read_json weight_files tensor_shapes read_tensors check_tensor".split()
+SAME = ["FIXED", "FLOATS", "read_config", "read_json", "weight_files", "tensor_shapes", "read_tensors", "check_tensor"]
 
 
-@pytest.mark.parametrize("name", LOADER)
+@pytest.mark.parametrize("name", SAME)
 def test_the_weight_loaders_have_the_same_text(name):
     assert len({source_of(f"{project}/weight_loader.py", name) for project in PROJECTS}) == 1
 
