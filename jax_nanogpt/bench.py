@@ -1,17 +1,16 @@
-"""How fast: training and sampling at the Shakespeare model's size, decoding and prefill of a GPT-2.
+"""Speed: training and sampling of the Shakespeare model, decoding and prefill of a GPT-2.
 
     python bench.py [--model NAME | --random NAME] [--new-tokens N]
 
-Each figure stands beside a peer's, measured in the same run, in turns: PyTorch in nanoGPT's style, and transformers.
-Without those packages there are no peers. Beside each: the seconds to compile, from nothing and out of the compilation
-cache, as a second start would, and the process's peak memory meanwhile. The last line of output is one JSON document.
+Each figure is measured interleaved with a peer's: PyTorch in nanoGPT's style, and transformers. Without those packages
+there are no peers. With it come the seconds to compile, without and with the compilation cache, and the process's peak
+memory. The last line of output is one JSON document.
 """
 
 import argparse
 import json
 import os
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -21,11 +20,9 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import fail, script, start_script
-
-start_script(__name__)
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
@@ -33,6 +30,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax_nanogpt import weight_loader
 from jax_nanogpt.configurator import configure
 from jax_nanogpt.device import choose_devices, describe
+from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.sampler import Sampling, generate
@@ -42,13 +40,18 @@ from shared.tokenizer import find_model
 HERE = Path(__file__).resolve().parent
 
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
-PAIRS = 5
 
 
 def seconds(call):
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def interleave(calls, rounds=5):
+    """The median time of each call, and the median of its ratio to the first call's time in the same round."""
+    times = np.array([[seconds(call) for call in calls] for _ in range(rounds)])
+    return np.median(times, axis=0).tolist(), np.median(times / times[:, :1], axis=0).tolist()
 
 
 def bandwidth():
@@ -60,17 +63,18 @@ def bandwidth():
         return 2**28 / min(seconds(lambda: list(pool.map(np.max, parts))) for _ in range(10))
 
 
-def step_bytes(config, params, batch, positions):
-    """What a decoding step reads from memory, float32: all weights once, whatever the batch, but of the position
-    embeddings only rows; and each text's keys and values at so many positions."""
-    return 4 * (count_params(params) - params["wpe"].size + batch * positions * 2 * config.n_layer * config.n_embd)
+def step_bytes(config, batch, positions):
+    """What a decoding step reads from memory, in float32: all weights once, whatever the batch, but of the position
+    embeddings one row a text; and each text's keys and values at so many positions."""
+    weights = count_params(config) - config.block_size * config.n_embd
+    return 4 * (weights + batch * positions * 2 * config.n_layer * config.n_embd)
 
 
 def peak_mb(call):
-    """The process's peak memory: during the call where that can be asked (Linux), else since it began."""
+    """The process's peak memory: during the call on Linux, elsewhere since the process began."""
     counters = Path("/proc/self/clear_refs")
     if counters.exists():
-        counters.write_text("5", encoding="utf-8")  # the peak begins anew
+        counters.write_text("5", encoding="utf-8")  # resets the peak
     call()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
@@ -79,156 +83,178 @@ def make_text(*args, **settings):
     return list(generate(*args, **settings))
 
 
+class Job(NamedTuple):
+    """What one call does."""
+
+    work: str
+    model: str
+    dtype: str
+    batch: int  # texts
+    prompt: int | None  # tokens of each
+    new: int  # tokens of each; with 1 new token it is a prefill, and the prompt's tokens count
+    peer_batch: int  # texts of the peer's call
+    read: float = 0  # bytes that one step must read from memory
+
+    @property
+    def tokens(self):
+        return self.prompt if self.new == 1 else self.new
+
+
 class Report:
     def __init__(self, device):
         self.device, self.bandwidth, self.results = device, bandwidth(), []
-        self.on_cpu = device.platform == "cpu"  # elsewhere the peers, and this memory, would be of another machine
+        self.on_cpu = device.platform == "cpu"  # else the peers and this bandwidth would be another machine's
         print(f"{describe([device])}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
 
-    def add(self, work, model, config, batch, prompt, new, ours, peers=(), peer_batch=None, read=0):
-        """ours and peers are calls that make new tokens (or, where new is 1, read prompt ones) for a batch of texts.
-        The first calls are apart; then they take turns. read: bytes that one step must fetch from memory.
-        peers is [(key in the JSON, name, call)], of which the first is the peer, the others stand beside it."""
-        cold = seconds(ours)
+    def add(self, job, ours, peers=()):
+        """Measures ours and the peers' calls, prints a line and keeps a row; returns the time of ours.
+
+        peers is [(suffix of the JSON's keys, name, call)].
+        """
+        cold_s = seconds(ours)
         jax.clear_caches()
         peak = peak_mb(ours)
         jax.clear_caches()
-        warm = seconds(ours)  # traces again, and finds what XLA made of it in the compilation cache
+        warm_s = seconds(ours)  # traced again, and loaded from the compilation cache
         for *_, call in peers:
             call()
-        rounds = [[seconds(call) for call in (ours, *(call for *_, call in peers))] for _ in range(PAIRS)]
-        took, *theirs = map(statistics.median, zip(*rounds, strict=True))
-        size = prompt if new == 1 else new
-        row = {
-            "work": work,
-            "model": model,
-            "device": self.device.platform,
-            "engine": f"jax {jax.__version__}",
-            "dtype": config.dtype,
-            "batch": batch,
-            "prompt_tokens": prompt,
-            "new_tokens": new,
-            "compile_s": round(max(0, cold - took), 2),
-            "compile_cached_s": round(max(0, warm - took), 2),
-            "ttft_ms": round(took * 1e3, 2) if new == 1 else None,
-            "tokens_per_s": round(batch * size / took, 1),
-            "peer": None,
-            "ratio": None,
-            "mbu": round(read * size / took / self.bandwidth, 3) if read and self.on_cpu else None,
-            "peak_rss_mb": peak,
-        }
-        line = f"{work:16} {model:12} {config.dtype:8} batch {batch:2} {batch * size / took:10,.0f} tokens/s"
-        share = batch / (peer_batch or batch)  # of our tokens over the peer's, in one round
-        for i, (key, name, _) in enumerate(peers):
-            ratio = statistics.median(share * times[i + 1] / times[0] for times in rounds)
-            rate = batch * size / share / theirs[i]
-            row[key] = {"name": name, "tokens_per_s": round(rate, 1)}
-            row[key.replace("peer", "ratio")] = round(ratio, 3)
-            line += f", {ratio:6.2f} x {name} ({rate:,.0f})"
+        times, ratios = interleave([ours, *(call for *_, call in peers)])
+        rate = job.batch * job.tokens / times[0]
+        row = self.row(job, times[0]) | {"peak_rss_mb": peak}
+        row |= {"compile_s": round(max(0, cold_s - times[0]), 2)}
+        row |= {"compile_cached_s": round(max(0, warm_s - times[0]), 2)}
+        line = f"{job.work:16} {job.model:12} {job.dtype:8} batch {job.batch:2} {rate:10,.0f} tokens/s"
+        for (suffix, name, _), time_s, ratio in zip(peers, times[1:], ratios[1:], strict=True):
+            peer_rate, ratio = job.peer_batch * job.tokens / time_s, ratio * job.batch / job.peer_batch
+            row[f"peer{suffix}"] = {"name": name, "tokens_per_s": round(peer_rate, 1)}
+            row[f"ratio{suffix}"] = round(ratio, 3)
+            line += f", {ratio:6.2f} x {name} ({peer_rate:,.0f})"
         self.results.append(row)
         print(line, flush=True)
-        return took
+        return times[0]
+
+    def row(self, job, time_s):
+        return {
+            "work": job.work,
+            "model": job.model,
+            "device": self.device.platform,
+            "engine": f"jax {jax.__version__}",
+            "dtype": job.dtype,
+            "batch": job.batch,
+            "prompt_tokens": job.prompt,
+            "new_tokens": job.new,
+            "ttft_ms": round(time_s * 1e3, 2) if job.new == 1 else None,
+            "tokens_per_s": round(job.batch * job.tokens / time_s, 1),
+            "peer": None,
+            "ratio": None,
+            "mbu": round(job.read * job.tokens / time_s / self.bandwidth, 3) if job.read and self.on_cpu else None,
+        }
+
+
+def trainer(settings, model, examples):
+    """A call that trains one iteration on each of examples [I, A, B, T + 1]."""
+    optimizer, params = make_optimizer(settings), init_params(model.config, jax.random.key(0))
+    state, examples = [params, optimizer.init(params)], jax.device_put(examples)
+
+    def train():
+        *state[:], losses = train_iterations(model, optimizer, *state, examples, 0, len(examples), jax.random.key(0))
+        losses.block_until_ready()
+
+    return train
 
 
 def shakespeare():
-    """config/train_shakespeare_char.py: the settings, the model, and what it trains on in one call."""
+    """config/train_shakespeare_char.py: the settings, the model, and the examples of one call."""
     settings = configure(Config(), ["config/train_shakespeare_char.py"], HERE)
     shape = {key: getattr(settings, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
     size = settings.iters_per_call, 1, settings.batch_size, settings.block_size + 1
     return settings, GPTConfig(vocab_size=65, **shape), np.random.default_rng(0).integers(65, size=size, dtype=np.int32)
 
 
-def bench_shakespeare(report):
-    """Its training iteration, as many in a call as it has, and its sampling."""
-    settings, exact, examples = shakespeare()
+def torch_peer(report):
+    """bench_peer.py, if it can run here."""
+    if not (report.on_cpu and find_spec("torch")):
+        return None
+    from jax_nanogpt import bench_peer
+
+    return bench_peer
+
+
+def bench_training(report):
+    settings, config, examples = shakespeare()
     count, _, batch, _ = examples.shape
-    has_torch = report.on_cpu and find_spec("torch") is not None
-    if has_torch:
-        from jax_nanogpt import bench_peer
+    half, peers = replace(config, dtype="bfloat16"), []
+    if torch := torch_peer(report):
+        params = init_params(config, jax.random.key(0))
+        peers = [
+            ("", "torch float32", torch.trainer(config, params, examples)),
+            ("_autocast", "torch bfloat16 autocast", torch.trainer(half, params, examples)),
+        ]
+    for c, work in (config, "train"), (half, "train_bfloat16"):
+        job = Job(work, "shakespeare", c.dtype, batch, None, count * c.block_size, batch)
+        model = GPT(c, choose_kernels(report.device, c.dtype))
+        time_s = report.add(job, trainer(settings, model, examples), peers)
+        tflops = flops_per_token(c) * job.new * batch / time_s / 1e12
+        report.results[-1] |= {"ms_per_iteration": round(time_s / count * 1e3, 1), "tflops": round(tflops, 3)}
 
-    half = replace(exact, dtype="bfloat16")
-    peers = []
-    if has_torch:
-        params = init_params(exact, jax.random.key(0))
-        peers.append(("peer", "torch float32", bench_peer.trainer(exact, params, examples)))
-        peers.append(("peer_autocast", "torch bfloat16 autocast", bench_peer.trainer(half, params, examples)))
-    for config, work in (exact, "train"), (half, "train_bfloat16"):
-        model, optimizer, params = GPT(config), make_optimizer(settings), init_params(config, jax.random.key(0))
-        state = [params, optimizer.init(params)]
 
-        def train(model=model, optimizer=optimizer, state=state):
-            *state[:], losses = train_iterations(model, optimizer, *state, examples, 0, count, jax.random.key(0))
-            losses.block_until_ready()
-
-        made = count * exact.block_size
-        took = report.add(work, "shakespeare", config, batch, None, made, train, peers)
-        tflops = flops_per_token(config, state[0]) * made * batch / took / 1e12
-        report.results[-1] |= {"ms_per_iteration": round(took / count * 1e3, 1), "tflops": round(tflops, 3)}
-
-    params, edge = init_params(exact, jax.random.key(0)), exact.block_size
+def bench_sampling(report):
+    _, config, _ = shakespeare()
+    model, params = GPT(config, choose_kernels(report.device, config.dtype)), init_params(config, jax.random.key(0))
+    torch, edge = torch_peer(report), config.block_size
     works = ("sample", 1, 1, edge - 1), ("sample_batch10", 10, 1, edge - 1), ("sample_past_edge", 1, edge, 64)
-    for work, samples, prompt, new in works:
-        peers = [("peer", "torch, no cache", bench_peer.sampler(exact, params, [0] * prompt, new))] if has_torch else []
-        ours = partial(make_text, exact, params, [0] * prompt, new, samples)
-        report.add(work, "shakespeare", exact, samples, prompt, new, ours, peers, peer_batch=1)
+    for work, samples, length, new in works:
+        prompt = [0] * length
+        peers = [("", "torch, no cache", torch.sampler(config, params, prompt, new))] if torch else []
+        job = Job(work, "shakespeare", config.dtype, samples, length, new, peer_batch=1)
+        report.add(job, partial(make_text, model, params, prompt, new, samples), peers)
 
 
-def bench_gpt2(report, name, folder, config, params, new):
-    """Prefill, and greedy decoding with a cache, against transformers."""
-    prompt = np.random.default_rng(0).integers(config.vocab_size, size=config.block_size // 2).tolist()
-    reference = None
-    if report.on_cpu and find_spec("torch") and find_spec("transformers"):
-        import torch
-        import transformers
+def transformers_peer(folder):
+    """Greedy generation by transformers: a function of the prompt and the number of new tokens."""
+    import torch
+    import transformers
 
-        transformers.logging.set_verbosity_error()
-        reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    transformers.logging.set_verbosity_error()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def ours(ids, count):
-        return make_text(config, params, ids, count, sampling=Sampling(temperature=0))
-
-    def peer(ids, count):
+    def generate(ids, count):
         given = torch.tensor([ids])
         length = {"max_new_tokens": count, "min_new_tokens": count}
         return reference.generate(given, attention_mask=torch.ones_like(given), do_sample=False, **length)
 
+    return generate
+
+
+def bench_gpt2(report, name, folder, config, params, new):
+    """Prefill, and greedy decoding with a cache."""
+    prompt = np.random.default_rng(0).integers(config.vocab_size, size=config.block_size // 2).tolist()
+    model, greedy = GPT(config, choose_kernels(report.device, config.dtype)), Sampling(temperature=0)
+    with_peer = report.on_cpu and find_spec("torch") and find_spec("transformers")
+    peer = transformers_peer(folder) if with_peer else None
     for work, ids, count in ("prefill", prompt, 1), ("decode", (2 * prompt)[:16], new):
-        peers = [("peer", "transformers", partial(peer, ids, count))] if reference else []
-        read = step_bytes(config, params, 1, len(ids) + count / 2) if count > 1 else 0
-        report.add(work, name, config, 1, len(ids), count, partial(ours, ids, count), peers, read=read)
-    ours(ids, 1)
-    report.results[-1]["ttft_ms"] = round(
-        1e3 * statistics.median(seconds(partial(ours, ids, 1)) for _ in range(PAIRS)), 2
-    )
+        peers = [("", "transformers", partial(peer, ids, count))] if peer else []
+        read = step_bytes(config, 1, len(ids) + count / 2) if count > 1 else 0
+        job = Job(work, name, config.dtype, 1, len(ids), count, 1, read)
+        report.add(job, partial(make_text, model, params, ids, count, sampling=greedy), peers)
+    first_token = partial(make_text, model, params, ids, 1, sampling=greedy)
+    first_token()
+    (time_s,), _ = interleave([first_token])
+    report.results[-1]["ttft_ms"] = round(1e3 * time_s, 2)
 
 
-def write_random(name, folder):
-    layers, heads, width = SHAPES[name]
-    config = GPTConfig(n_layer=layers, n_head=heads, n_embd=width)
-    weight_loader.save(folder, config, init_params(config, jax.random.key(0)))
-
-
-def measure(args, scratch):
-    if args.new_tokens < 2:
-        raise ValueError(f"--new-tokens is {args.new_tokens}, 2 or more is expected")
-    device = choose_devices(args.device)[0]
+def find(args):
+    """(name, folder, GPTConfig, params), of which --random has only the name and the GPTConfig."""
     if args.random:
-        name, folder = f"{args.random}-random", scratch / "model"
-        write_random(args.random, folder)
-    else:
-        name, folder, _ = find_model(args.model)
-    config, params = weight_loader.load(folder)
-    if args.new_tokens > config.block_size - 16:
-        raise ValueError(f"--new-tokens is {args.new_tokens}, at most {config.block_size - 16} fit behind 16 tokens")
-    with compiled_in(scratch / "compiled"):  # where nothing is yet
-        report = Report(device)
-        bench_shakespeare(report)
-        bench_gpt2(report, name, folder, config, params, args.new_tokens)
-    return report.results
+        layers, heads, width = SHAPES[args.random]
+        return f"{args.random}-random", None, GPTConfig(n_layer=layers, n_head=heads, n_embd=width), None
+    found = find_model(args.model)
+    return found.name, found.folder, *weight_loader.load(found.folder)
 
 
 @contextmanager
 def compiled_in(folder):
+    """JAX's compilation cache is in folder."""
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -239,20 +265,37 @@ def compiled_in(folder):
         compilation_cache.reset_cache()
 
 
-@script
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano without it)")
     which.add_argument("--random", choices=SHAPES, help="that shape, with random weights")
     parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        results = measure(args, Path(scratch))
-    print(json.dumps({"project": "jax_nanogpt", "results": results}))
+    try:
+        device = choose_devices(args.device)[0]
+        name, folder, config, params = find(args)
+        if not 2 <= args.new_tokens <= config.block_size - 16:
+            limit = f"from 2 to {config.block_size - 16}, which fit after a 16-token prompt"
+            raise ValueError(f"--new-tokens must be {limit}, got {args.new_tokens}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    with tempfile.TemporaryDirectory() as scratch, compiled_in(Path(scratch, "compiled")):
+        report = Report(device)
+        bench_training(report)
+        bench_sampling(report)
+        if args.random:
+            folder, params = Path(scratch, "model"), init_params(config, jax.random.key(0))
+            weight_loader.save(folder, config, params)
+        bench_gpt2(report, name, folder, config, params, args.new_tokens)
+    print(json.dumps({"project": "jax_nanogpt", "results": report.results}))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

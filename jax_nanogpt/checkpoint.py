@@ -174,7 +174,9 @@ class Checkpoints:
         return self.manager.best_step()
 
     def about(self, step):
-        return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        about["model"].pop("fast", None)  # which checkpoints had before kernels.py
+        return about
 
     def newest(self, read):
         """(step, read(step)) of the newest step that can be read; those that cannot are put aside."""

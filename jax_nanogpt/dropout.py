@@ -1,7 +1,7 @@
 """Dropout whose mask is a hash of a seed and each element's number.
 
-Random bits by threefry, JAX's default, cost a quarter of a training step on a CPU. These cost almost nothing: the
-compiler fuses them into the arithmetic around, and the backward pass computes them again instead of keeping them.
+JAX's own random bits (threefry) take a sixth of a training iteration on a CPU. The hash costs almost nothing: the
+compiler fuses it into the surrounding arithmetic, and the backward pass recomputes the mask instead of storing it.
 """
 
 from functools import partial

@@ -1,14 +1,16 @@
-"""Files that are whole or not there."""
+"""Atomic file writes: a file has all of its content or does not exist."""
 
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 TOKENIZER_FILES = ("meta.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
-def write_beside(path, write):
-    """write(temporary path), which then takes the place of path; an OSError names path, and what is the matter."""
+def write_file(path, write):
+    """write(temporary path), which then replaces path; an OSError names path and the reason."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
@@ -20,13 +22,23 @@ def write_beside(path, write):
 
 
 def write_text(path, text):
-    write_beside(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def copy_files(names, source, target):
-    """Those of the names that source has; the others go, for they were another run's."""
+    """Copies those of the names that source has; the others are deleted from target, where a former run left them."""
     for name in names:
         if (file := Path(source, name)).exists():
-            write_beside(Path(target, name), lambda temporary, file=file: shutil.copyfile(file, temporary))
+            write_file(Path(target, name), lambda temporary, file=file: shutil.copyfile(file, temporary))
         else:
             Path(target, name).unlink(missing_ok=True)
+
+
+def save_dump(path, prompt, tokens, logits):
+    """--dump FILE.npz: prompt_ids, tokens, and the float32 logits that each token was drawn from."""
+
+    def write(temporary):
+        with temporary.open("wb") as file:  # np.savez would add .npz to a path
+            np.savez(file, prompt_ids=np.array(prompt), tokens=np.array(tokens), logits=np.array(logits))
+
+    write_file(path, write)

@@ -55,7 +55,7 @@ def plan(config, sizes, accelerator, rows, tokens, utilisation):
     devices, shares = mesh.size, sizes["data"] * sizes["fsdp"]
     micro_batches = math.ceil(tokens / (rows * shares * config.block_size))
     tokens = micro_batches * rows * shares * config.block_size
-    whole, positions = 4 * count_params(params), rows * config.block_size  # float32; a device's tokens at once
+    whole, positions = 4 * count_params(config), rows * config.block_size  # float32; a device's tokens at once
 
     # Memory. Activations in bfloat16: 34 bytes for each token, layer and unit of width with fused attention (arXiv
     # 2205.05198); with remat 2, and one block's 34. Without remat the gathered parameters are kept for the backward
@@ -79,7 +79,7 @@ def plan(config, sizes, accelerator, rows, tokens, utilisation):
     sums_gb_s = accelerator.inside_gb_s if devices <= MACHINE else accelerator.across_gb_s
     communication_s = slices / slices_gb_s / 1e9 + sums / sums_gb_s / 1e9
 
-    flops = flops_per_token(config, params) * tokens * (4 / 3 if config.remat else 1)
+    flops = flops_per_token(config) * tokens * (4 / 3 if config.remat else 1)
     arithmetic_s = flops / devices / (accelerator.tflops * 1e12 * utilisation)
     return {
         "devices": devices,

@@ -1,138 +1,172 @@
-"""Continue a text: with what train.py left in --out_dir, or with a GPT-2.
+"""Continue a text: with the best checkpoint in train.py's --out_dir, or with a GPT-2.
 
 python sample.py --out_dir=out-shakespeare-char
 python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_samples=5
 """
 
 import argparse
+import re
 import sys
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import fail, script, start_script
-
-start_script(__name__)
 import jax
 import numpy as np
 
-from jax_nanogpt import weight_loader
+from jax_nanogpt import sampler, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.device import choose_devices, describe
-from jax_nanogpt.files import write_beside
-from jax_nanogpt.model import GPT, count_params
-from jax_nanogpt.sampler import Sampling, generate
+from jax_nanogpt.files import save_dump
+from jax_nanogpt.kernels import choose_kernels
+from jax_nanogpt.model import GPT, GPTConfig, count_params
+from jax_nanogpt.sampler import Sampling
 from shared.sampling import check_sampling
-from shared.tokenizer import Stream, find_model, load_tokenizer
+from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
+
+LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}  # of --verify
 
 
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    add = parser.add_argument
-    add("--init_from", help="resume (the best checkpoint in --out_dir), gpt2, gpt2-xl, ..., gpt2-nano or a folder")
-    add(
-        "--out_dir", help="where train.py wrote; without it and --init_from: gpt2, or gpt2-nano where that is not there"
+def make_parser():
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add("--start", default="\n", help="the prompt, or FILE:path; an empty one starts from <|endoftext|>")
-    add("--num_samples", type=int, default=3)
-    add("--max_new_tokens", type=int, default=500)
+    add = parser.add_argument
+    add("--model", "--init-from", help="resume (the best checkpoint in --out-dir), gpt2, ..., gpt2-nano or a folder")
+    add("--out-dir", help="where train.py wrote (without it and --model: gpt2, or gpt2-nano if gpt2 is not available)")
+    add("--prompt", "--start", default="\n", help="the text, or FILE:path; an empty one starts from <|endoftext|>")
+    add("--num-samples", type=int, default=3, help="(default: %(default)s)")
+    add("--max-new-tokens", type=int, default=500, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    add("--top_k", type=int, default=200, help="(default: %(default)s)")
-    add("--top_p", type=float)
+    add("--top-k", type=int, default=200, help="(default: %(default)s)")
+    add("--top-p", type=float)
     add("--seed", type=int, default=1337, help="(default: %(default)s)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="(default: %(default)s)")
+    add("--dtype", default="float32", choices=weight_loader.DTYPES, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first sample")
-    add("--ignore_eos", action="store_true", help="go on after <|endoftext|>")
+    add("--ignore-eos", action="store_true", help="go on after <|endoftext|>")
     add("--verify", action="store_true", help="compare the logits here, in --dtype, with the CPU's in float32; no text")
-    return parser.parse_args(argv)
+    return parser
 
 
-def load_model(init_from, out_dir, dtype):
-    """(what to call it, why it was taken, GPTConfig, params, tokenizer)"""
-    if init_from == "resume" or init_from is None and out_dir:
-        out_dir = out_dir or "out"
+def dashed(argv):
+    """--max_new_tokens is --max-new-tokens."""
+    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+
+
+def check(args):
+    check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if not 1 <= args.num_samples <= 2**16:
+        raise ValueError(f"--num-samples must be from 1 to {2**16}, got {args.num_samples}")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, got {args.seed}")
+    if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
+        raise ValueError(f"--dump must be a file in an existing folder, got {args.dump}")
+
+
+class Loaded(NamedTuple):
+    name: str
+    why: str  # for the default model: why this one
+    folder: Path  # that holds the tokenizer
+    config: GPTConfig
+    params: dict
+
+
+def load(args, dtype):
+    """The checkpoint that --model and --out-dir name."""
+    if args.model == "resume" or args.model is None and args.out_dir:
+        out_dir = args.out_dir or "out"
         checkpoints = Checkpoints(out_dir)
         step = checkpoints.best()
-        config, params = checkpoints.restore_model(step, dtype)
-        return f"{out_dir} at iteration {step}", "", config, params, load_tokenizer(out_dir)
-    found = find_model(init_from)
-    why = "" if init_from else f"; {found.why}"
-    return found.name, why, *weight_loader.load(found.folder, dtype), load_tokenizer(found.folder)
+        return Loaded(f"{out_dir} at iteration {step}", "", out_dir, *checkpoints.restore_model(step, dtype))
+    found = find_model(args.model)
+    why = "" if args.model else f"; {found.why}"
+    return Loaded(found.name, why, found.folder, *weight_loader.load(found.folder, dtype))
 
 
-def verify(config, params, exact_config, exact_params, prompt):
-    """How far the device's logits for prompt are from the CPU's in float32, as a part of the largest."""
-    tokens = np.array([prompt[-config.block_size :]])
-    logits, _ = jax.jit(GPT(config).apply)({"params": params}, tokens)
-    cpu = jax.devices("cpu")[0]
-    with jax.default_device(cpu):
-        exact, _ = jax.jit(GPT(exact_config).apply)({"params": jax.device_put(exact_params, cpu)}, tokens)
-    apart = np.abs(np.asarray(logits) - np.asarray(exact)).max() / np.abs(exact).max()
-    rough = config.dtype == "bfloat16" or jax.default_backend() == "tpu"  # whose float32 products are of bfloat16
-    limit = 3e-2 if rough else {"float32": 1e-3, "float16": 1e-2}[config.dtype]
-    verdict = "as expected" if apart <= limit else "NOT as expected"
-    print(f"logits are within {apart:.1e} of the CPU's float32, relative to the largest: {verdict} (up to {limit:g})")
-    sys.exit(int(apart > limit))
+def read_prompt(text):
+    return Path(text[5:]).read_text(encoding="utf-8") if text.startswith("FILE:") else text
 
 
-def save(arrays, path):
-    with path.open("wb") as file:  # by its name, NumPy would add .npz
-        np.savez(file, **arrays)
+def extend(sample, tokens, end):
+    """Appends the tokens up to and with end; a sample that has ended stays as it is."""
+    for token in tokens:
+        if sample[-1:] == [end]:
+            return
+        sample.append(token)
 
 
-@script
-def main(argv=None):
-    args = parse_arguments(argv)
-    check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    for name in ("num_samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}, 1 or more is expected")
-    if args.seed >= 2**63:
-        raise ValueError(f"seed is {args.seed}, below 2**63 is expected")
-    if args.num_samples > 2**16:
-        raise ValueError(f"num_samples is {args.num_samples}, at most {2**16} is expected")
-    if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
-        raise ValueError(f"dump is {args.dump}, a file in a folder that exists is expected")
-    devices = choose_devices(args.device)
-    start = Path(args.start[5:]).read_text(encoding="utf-8") if args.start.startswith("FILE:") else args.start
-    name, why, config, params, tokenizer = load_model(args.init_from, args.out_dir, args.dtype)
-    prompt = tokenizer.encode(start)
-    if not prompt and tokenizer.eot is None:
-        raise ValueError("start must not be empty: this model has no <|endoftext|>")
-    print(
-        f"{name} ({count_params(params) / 1e6:.1f}M parameters) on {describe(devices[:1], args.dtype)}{why}", flush=True
-    )
-
-    prompt = prompt or [tokenizer.eot]
-    if args.verify:
-        _, _, exact_config, exact_params, _ = load_model(args.init_from, args.out_dir, "float32")
-        verify(config, params, exact_config, exact_params, prompt)
+def generate(args, model, params, tokenizer, prompt):
+    """Prints the samples, the first of them as it is generated; saves --dump."""
     end = None if args.ignore_eos else tokenizer.eot
+    samples, rows, stream = [[] for _ in range(args.num_samples)], [], Stream(tokenizer)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    pieces = generate(config, params, prompt, args.max_new_tokens, args.num_samples, sampling, args.seed)
-    samples, shown, rows, stream = [[] for _ in range(args.num_samples)], 0, [], Stream(tokenizer)
-    print(start, end="")
-    for tokens, logits in pieces:  # all samples are made together; the first is shown as it comes
-        for sample, more in zip(samples, tokens.tolist(), strict=True):
-            if end is None or end not in sample:
-                sample += more[: more.index(end) + 1] if end in more else more
-        fresh = samples[0][shown:]
-        shown += len(fresh)
+    print(args.prompt, end="", flush=True)
+    for tokens, logits in sampler.generate(
+        model, params, prompt, args.max_new_tokens, args.num_samples, sampling, args.seed
+    ):
+        shown = len(samples[0])
+        for sample, new in zip(samples, tokens.tolist(), strict=True):
+            extend(sample, new, end)
+        new = samples[0][shown:]
         if args.dump:
-            rows.append(logits[0, : len(fresh)].copy())  # a view would keep the logits of all samples
-        print("".join(stream.push(token) for token in fresh if token != end), end="", flush=True)
-        if end is not None and all(end in sample for sample in samples):
+            rows.append(logits[0, : len(new)].copy())  # a view would keep the logits of all samples
+        print("".join(stream.push(token) for token in new if token != end), end="", flush=True)
+        if all(sample[-1] == end for sample in samples):
             break
     print(stream.end())
     for sample in samples[1:]:
         print("-" * 15)
-        print(start + tokenizer.decode(token for token in sample if token != end))
+        print(args.prompt + tokenizer.decode(token for token in sample if token != end))
     if args.dump:
-        dump = {"prompt_ids": np.array(prompt), "tokens": np.array(samples[0]), "logits": np.concatenate(rows)}
-        write_beside(args.dump, partial(save, dump))
+        save_dump(args.dump, prompt, samples[0], np.concatenate(rows))
+
+
+def verify(model, params, exact, prompt):
+    """The distance of the device's logits from the CPU's in float32, relative to the largest; status 1 if too large."""
+    tokens = np.array([prompt[-model.config.block_size :]])
+    logits, _ = jax.jit(model.apply)({"params": params}, tokens)
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        expected, _ = jax.jit(GPT(exact.config).apply)({"params": jax.device_put(exact.params, cpu)}, tokens)
+    apart = np.abs(np.asarray(logits) - np.asarray(expected)).max() / np.abs(expected).max()
+    on_tpu = jax.default_backend() == "tpu"  # which multiplies float32 in bfloat16
+    limit = LIMITS["bfloat16" if on_tpu else model.config.dtype]
+    verdict = "as expected" if apart <= limit else "NOT as expected"
+    print(f"logits are within {apart:.1e} of the CPU's float32, relative to the largest: {verdict} (up to {limit:g})")
+    return int(not apart <= limit)  # NaN is not
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")
+    parser = make_parser()
+    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    try:
+        check(args)
+        device = choose_devices(args.device)[0]
+        args.prompt = read_prompt(args.prompt)
+        loaded = load(args, args.dtype)
+        exact = load(args, "float32") if args.verify else None
+        tokenizer = load_tokenizer(loaded.folder)
+        prompt = encode_prompt(tokenizer, args.prompt, loaded.config.vocab_size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    name, why, _, config, params = loaded
+    size = f"{count_params(config) / 1e6:.1f}M parameters"
+    print(f"{name} ({size}) on {describe([device], args.dtype)}{why}", flush=True)
+    model = GPT(config, choose_kernels(device, args.dtype))
+    try:
+        if args.verify:
+            return verify(model, params, exact, prompt)
+        return generate(args, model, params, tokenizer, prompt)
+    except OSError as error:  # a full disk
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,8 +1,8 @@
 """Sampling as a jitted lax.scan: exact for any number of new tokens, before and past block_size.
 
-Up to block_size tokens, the scan carries a cache of keys and values. From there on nanoGPT crops the text to its
-last block_size tokens, and that moves every token to another position embedding: no cached value stays true, a ring
-buffer of them included. So past the edge the scan carries the window itself, and each step computes all of it.
+Up to block_size tokens, the scan carries a KV cache. From there on nanoGPT crops the text to its last block_size
+tokens, and that moves every token to another position embedding: the KV cache is invalid, also if it is a ring buffer.
+So past block_size the scan carries the window of tokens, and each step recomputes all of it.
 """
 
 from functools import partial
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nanogpt.model import GPT, init_cache
+from jax_nanogpt.model import init_cache
 
-CHUNK = 32  # tokens that one call makes: text streams, and a text that has ended is noticed, every so often
+CHUNK = 32  # tokens of one jitted call: after each the text is printed, and its end noticed
 
 
 class Sampling(NamedTuple):
@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
 
 
 def choose(logits, sampling, keys):
-    """One token from each row of logits [B, V]; row b draws with keys[b]. Ties go to the lower id."""
+    """One token for each row of logits [B, V]; row b draws with keys[b]. Of equal logits the lower id comes first."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature  # no overflow near 0
@@ -36,67 +36,74 @@ def choose(logits, sampling, keys):
     if sampling.top_p is not None:
         before = jnp.cumsum(p := jax.nn.softmax(values), axis=-1) - p
         values = jnp.where(before < sampling.top_p, values, -jnp.inf)  # the fewest that reach top_p
-    places = jax.vmap(jax.random.categorical)(keys, values)
-    return jnp.take_along_axis(ids, places[:, None], axis=-1)[:, 0]
+    drawn = jax.vmap(jax.random.categorical)(keys, values)
+    return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
 
 
 def keys_at(key, batch, position):
-    """A key for each sample and position: a sample's text does not hang on how many others are made beside it."""
+    """A key for each sample and position: a sample's text does not depend on the number of samples."""
     return jax.vmap(lambda sample: jax.random.fold_in(jax.random.fold_in(key, sample), position))(jnp.arange(batch))
 
 
-@partial(jax.jit, static_argnames=("config", "slots", "batch"))
-def prefill(config, params, prompt, length, slots, batch):
-    """Reads prompt [1, P], of which length tokens count. Returns logits [B, V] for what comes next, and the cache."""
-    cache = init_cache(config, 1, slots)
-    logits, cache = GPT(config).apply({"params": params}, prompt, cache, 0, only=length - 1)
+@partial(jax.jit, static_argnames=("model", "slots", "batch"))
+def prefill(model, params, prompt, length, slots, batch):
+    """Reads the first `length` tokens of prompt [1, P]. Returns the logits [B, V] of the next token, and the cache."""
+    cache = init_cache(model.config, 1, slots)
+    logits, cache = model.apply({"params": params}, prompt, cache, 0, only=length - 1)
     return jnp.repeat(logits[:, 0], batch, axis=0), [jnp.repeat(layer, batch, axis=1) for layer in cache]
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "count"), donate_argnames=("cache",))
-def decode(config, params, sampling, logits, cache, position, key, count):
-    """count tokens by the cache; the first of them, chosen from logits [B, V], stands at position."""
+@partial(jax.jit, static_argnames=("model", "sampling", "count"), donate_argnames=("cache",))
+def decode(model, params, sampling, logits, cache, position, key, count):
+    """Generates count tokens with the cache; the first of them, drawn from logits [B, V], is at position.
+
+    Returns the next logits and cache, the tokens [count, B], and the logits [count, B, V] they were drawn from.
+    """
 
     def step(carry, position):
         logits, cache = carry
         tokens = choose(logits, sampling, keys_at(key, len(logits), position))
-        new, cache = GPT(config).apply({"params": params}, tokens[:, None], cache, position)
-        return (new[:, 0], cache), (tokens, logits)
+        new_logits, new_cache = model.apply({"params": params}, tokens[:, None], cache, position)
+        return (new_logits[:, 0], new_cache), (tokens, logits)
 
-    (logits, cache), made = lax.scan(step, (logits, cache), position + jnp.arange(count))
-    return logits, cache, *made
+    (logits, cache), (tokens, rows) = lax.scan(step, (logits, cache), position + jnp.arange(count))
+    return logits, cache, tokens, rows
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "count"))
-def slide(config, params, sampling, window, position, key, count):
-    """count tokens past the edge. window [B, block_size] ends before position."""
+@partial(jax.jit, static_argnames=("model", "sampling", "count"))
+def slide(model, params, sampling, window, position, key, count):
+    """Generates count tokens past block_size: the first is at position, after window [B, block_size].
+
+    Returns the tokens [count, B], and the logits [count, B, V] they were drawn from.
+    """
 
     def step(window, position):
-        logits, _ = GPT(config).apply({"params": params}, window, only=window.shape[1] - 1)
+        logits, _ = model.apply({"params": params}, window, only=window.shape[1] - 1)
         tokens = choose(logits[:, 0], sampling, keys_at(key, len(window), position))
         return jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1), (tokens, logits[:, 0])
 
-    _, made = lax.scan(step, window, position + jnp.arange(count))
-    return made
+    _, (tokens, rows) = lax.scan(step, window, position + jnp.arange(count))
+    return tokens, rows
 
 
-def generate(config, params, prompt, new_tokens, samples=1, sampling=None, seed=0):
-    """Continues prompt, a list of token ids, `samples` times at once. Yields (tokens [B, n], logits [B, n, V]) as
-    they are made, n at most CHUNK; the logits are those that the tokens were chosen from."""
+def generate(model, params, prompt, new_tokens, samples=1, sampling=None, seed=0):
+    """Continues prompt, a list of token ids, in `samples` texts at once. Yields (tokens [B, n], logits [B, n, V]),
+    n at most CHUNK; the logits are those that the tokens were drawn from."""
     sampling, key = sampling or Sampling(), jax.random.key(seed)
-    block, position, end = config.block_size, len(prompt), len(prompt) + new_tokens
+    block_size, position, end = model.config.block_size, len(prompt), len(prompt) + new_tokens
     text = np.tile(np.asarray(prompt, np.int32), (samples, 1))
-    if position < block:
-        slots = min(block, -(-end // 64) * 64)
-        padded = np.resize(text[:1], (1, min(slots, max(16, 1 << (position - 1).bit_length()))))  # few shapes
-        logits, cache = prefill(config, params, padded, position, slots, samples)
+    if position < block_size:
+        slots = min(block_size, -(-end // 64) * 64)
+        # the prompt's length is padded to a power of two, and the slots to a multiple of 64: few shapes to compile
+        padded = np.resize(text[:1], (1, min(slots, max(16, 1 << (position - 1).bit_length()))))
+        logits, cache = prefill(model, params, padded, position, slots, samples)
     while position < end:
         count = min(CHUNK, end - position)
-        if position < block:
-            count = min(count, block - position)
-            logits, cache, tokens, seen = decode(config, params, sampling, logits, cache, position, key, count)
+        if position < block_size:
+            count = min(count, block_size - position)
+            logits, cache, tokens, rows = decode(model, params, sampling, logits, cache, position, key, count)
         else:
-            tokens, seen = slide(config, params, sampling, text[:, -block:], position, key, count)
+            tokens, rows = slide(model, params, sampling, text[:, -block_size:], position, key, count)
         text = np.concatenate([text, np.asarray(tokens).T], axis=1)
         position += count
-        yield text[:, -count:], np.asarray(seen).swapaxes(0, 1)
+        yield text[:, -count:], np.asarray(rows).swapaxes(0, 1)

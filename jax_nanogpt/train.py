@@ -36,9 +36,10 @@ from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints, last_good
 from jax_nanogpt.configurator import configure
 from jax_nanogpt.device import choose_devices, describe, join, leads
-from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
+from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_file, write_text
+from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.mesh import BATCH, from_each, highest, lay_out, make_mesh, make_on, shapes_on, split, split_state
-from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
+from jax_nanogpt.model import GPT, GPTConfig, Kernels, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from shared.tokenizer import find_model, load_tokenizer
 
@@ -93,7 +94,7 @@ class Config:
     coordinator: str = ""  # host:port of process 0 where several processes train together, or auto: a cluster knows it
     num_processes: int = 1
     process_id: int = 0
-    fast: bool = True  # on a CPU multiply, and on an NVIDIA GPU attend, as speed.py does
+    fast: bool = True  # kernels.py's matrix products on a CPU, and its attention on an NVIDIA GPU
     remat: bool = False  # a third more arithmetic for much less memory: see model.py
     iters_per_call: int = 10  # iterations that one jitted call makes, with no trip back to Python between them
 
@@ -294,7 +295,7 @@ class Metrics:
         axes.set(xlabel="iteration", ylabel="cross-entropy, nats a token")
         axes.grid(alpha=0.3)
         axes.legend()
-        write_beside(self.chart, lambda path: figure.savefig(path, format="png", dpi=120))
+        write_file(self.chart, lambda path: figure.savefig(path, format="png", dpi=120))
         plt.close(figure)
 
 
@@ -331,7 +332,7 @@ def catch_signals():
 def first_model(config, dataset):
     """What to start from, as init_from says: (GPTConfig, where its parameters are, the tokenizer's folder)."""
     tokenizer = load_tokenizer(dataset)
-    own = {"dropout": config.dropout, "dtype": config.dtype, "fast": config.fast, "remat": config.remat}
+    own = {"dropout": config.dropout, "dtype": config.dtype, "remat": config.remat}
     if config.init_from == "scratch":
         shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
         return GPTConfig(vocab_size=tokenizer.n_vocab, **shape, **own), None, dataset
@@ -378,11 +379,12 @@ def first_state(config, mesh, model_config, source, optimizer):
 
 def train(config, splits, mesh, model_config, optimizer, state, checkpoints, tokenizer_folder):
     start, params, opt_state = state
-    out_dir, model, key = Path(config.out_dir), GPT(model_config), jax.random.key(config.seed)
+    out_dir, key = Path(config.out_dir), jax.random.key(config.seed)
+    model = GPT(model_config, choose_kernels(mesh.devices.flat[0], config.dtype) if config.fast else Kernels())
     tokens_per_iteration = config.batch_size * config.gradient_accumulation_steps * config.block_size
-    flops = flops_per_token(model_config, params) * tokens_per_iteration
+    flops = flops_per_token(model_config) * tokens_per_iteration
     where = f"{describe(mesh.devices.ravel(), config.dtype)}{meshes.show(mesh)}"
-    say(f"GPT ({count_params(params) / 1e6:.1f}M parameters) on {where}")
+    say(f"GPT ({count_params(model_config) / 1e6:.1f}M parameters) on {where}")
 
     def losses_now():
         where = NamedSharding(mesh, P(BATCH))

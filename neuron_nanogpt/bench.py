@@ -101,7 +101,7 @@ class Peer:
 
 class Bench:
     def __init__(self, engine, name, folder, new):
-        self.backend, self.name, self.folder, self.new = engine.graphs.backend, name, folder, new
+        self.backend, self.name, self.folder, self.new = engine.compiler.backend, name, folder, new
         self.config, self.results, self.bandwidth = engine.config, [], bandwidth()
         self.peer = Peer(folder) if self.backend.name == "cpu" and find_spec("transformers") else None
         about = self.backend.describe(*DTYPES)
@@ -126,7 +126,7 @@ class Bench:
         self.measure("warm_start", [tokens[:PROMPT]], 1, warm)
 
     def decode(self, work, engine, rows, count=None):
-        count, dtype, window = count or self.new, engine.graphs.dtype, work == "decode_window"
+        count, dtype, window = count or self.new, engine.compiler.dtype, work == "decode_window"
         engine.prefill(rows)  # traces
         theirs = partial(self.peer.generate, rows, count, dtype, use_cache=not window) if self.peer else None
         size = 4 if dtype == "float32" else 2
@@ -134,7 +134,7 @@ class Bench:
         slots = len(rows) * 2 * self.config.n_layer * self.config.n_embd * (PROMPT + count / 2)
         figures = {
             "dtype": dtype,
-            "compile_s": round(engine.graphs.compile_s, 2),
+            "compile_s": round(engine.compiler.compile_s, 2),
             "ttft_ms": round(median_s(lambda: engine.prefill(rows)) * 1e3, 2),
         }
         read = 0 if window else size * (params + slots)

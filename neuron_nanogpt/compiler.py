@@ -56,18 +56,15 @@ class CPU:
     software = f"TorchScript of torch {torch.__version__}"
 
     def __init__(self, missing=None):
-        self.missing = missing
+        self.missing = missing  # why this is not a NeuronCore
         self.plain = [name for name, dtype in DTYPES.items() if not kernels.can_pack(dtype)]
+        self.facts = {"device": "cpu", "plain_kernels": self.plain, "versions": {"torch": torch.__version__}}
 
     def describe(self, *dtypes):
         parts = [f"cpu: {self.software}"] + ([self.missing] if self.missing else [])
         if plain := [dtype for dtype in dtypes if dtype in self.plain]:
             parts.append(f"{' and '.join(plain)} by PyTorch's plain kernels")
         return ", ".join(parts)
-
-    def about(self):
-        about = {"device": "cpu", "target": None, "compiler_args": [], "plain_kernels": self.plain}
-        return about | {"versions": {"torch": torch.__version__}}
 
     def prepare(self, gpt):
         return kernels.prepare(gpt)
@@ -95,15 +92,12 @@ class Neuron:
         # auto-cast would turn float32 products into bfloat16; GPT-2's masks overflow without the last
         fixed = [f"--target={target}", "--model-type=transformer", "--auto-cast=none", "--enable-saturate-infinity"]
         self.compiler_args = [*fixed, *compiler_args]
-        self.versions = {name: version(name) for name in ("torch", "torch-neuronx", "neuronx-cc")}
-        self.software = f"torch-neuronx {self.versions['torch-neuronx']}"
+        versions = {name: version(name) for name in ("torch", "torch-neuronx", "neuronx-cc")}
+        self.software = f"torch-neuronx {versions['torch-neuronx']}"
+        self.facts = {"device": "neuron", "target": target, "compiler_args": self.compiler_args, "versions": versions}
 
     def describe(self, *dtypes):
         return f"neuron ({self.target}): {self.software}"
-
-    def about(self):
-        about = {"device": "neuron", "target": self.target, "compiler_args": self.compiler_args}
-        return about | {"versions": self.versions}
 
     def prepare(self, gpt):
         return gpt
@@ -158,7 +152,7 @@ class Compiler:
 
     def __init__(self, backend, weights, dtype, recompile=False):
         self.backend, self.dtype, self.recompile = backend, dtype, recompile
-        self.facts = backend.about() | {"weights": weights, "dtype": dtype, "code": hash_code()}
+        self.facts = backend.facts | {"weights": weights, "dtype": dtype, "code": hash_code()}
         self.compile_s = 0.0
 
     def describe(self):
@@ -173,17 +167,13 @@ class Compiler:
         start, path = time.perf_counter(), Path(name)
         wanted = self.facts | {"graph": type(module).__name__}
         wanted |= {"inputs": [[list(tensor.shape), str(tensor.dtype)] for tensor in inputs]}
-        data, why = None, "--recompile"
-        if not self.recompile:
-            data, why = find_artifact(path, wanted)
-        if data is None:
+        data, why = (None, "--recompile") if self.recompile else find_artifact(path, wanted)
+        verb = "reused" if data else "traced"
+        if not data:
             file = io.BytesIO()
             torch.jit.save(self.backend.trace(module, inputs), file)
             data = file.getvalue()
             save_artifact(path, data, wanted)
-            verb = "traced"
-        else:
-            verb = "reused"
         graph, cache = self.backend.load(io.BytesIO(data), module)
         seconds = time.perf_counter() - start
         self.compile_s += seconds

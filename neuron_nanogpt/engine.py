@@ -14,7 +14,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from neuron_nanogpt import compiler, weight_loader
+from neuron_nanogpt import weight_loader
+from neuron_nanogpt.compiler import Compiler, choose
 from neuron_nanogpt.graphs import Decode, NeuronStep, Prefill, padded
 
 SEQ_LEN = 128
@@ -36,15 +37,15 @@ class Settings:
 def load(folder, dtype="float32", device="auto", **settings):
     """The engine for a checkpoint's folder; a ValueError says what is wrong with it or with the settings."""
     settings = Settings(**settings)
-    backend = compiler.choose(device, settings.target, settings.compiler_args, settings.cores)
+    backend = choose(device, settings.target, settings.compiler_args, settings.cores)
     block_size = weight_loader.read_config(folder).block_size
     width = window_width(settings.seq_len, block_size)
     buckets = all_buckets(settings.buckets, block_size)
     gpt = weight_loader.load(folder)
-    graphs = compiler.Compiler(backend, weight_loader.fingerprint(folder), dtype, settings.recompile)
+    compiler = Compiler(backend, weight_loader.fingerprint(folder), dtype, settings.recompile)
     if settings.window:
-        return Window(gpt, graphs, settings.batch, width)
-    return Cached(gpt, graphs, settings.batch, buckets)
+        return Window(gpt, compiler, settings.batch, width)
+    return Cached(gpt, compiler, settings.batch, buckets)
 
 
 def window_width(seq_len, block_size):
@@ -63,56 +64,50 @@ def all_buckets(buckets, block_size):
     return sorted({*buckets, block_size})
 
 
-class Window:
-    """One graph; each step computes the whole window."""
+class Engine:
+    """What Window and Cached share."""
 
-    def __init__(self, gpt, graphs, batch, width):
-        self.gpt = gpt  # as loaded, in float32, until the graph is built
-        self.config, self.context = gpt.config, width
-        self.graphs, self.batch = graphs, batch
-        self.rows = []
+    def __init__(self, gpt, compiler, batch, context):
+        self.gpt = gpt  # as loaded, in float32, until the first graph is built
+        self.compiler, self.batch, self.context = compiler, batch, context
+        self.config, self.rows = gpt.config, []
 
     def describe(self):
-        return self.graphs.describe()
+        return self.compiler.describe()
+
+    @cached_property
+    def step(self):
+        """The graph of one step, and its cache."""
+        self.compiler.prepare(self.gpt)
+        return self.compiler.build(*self.example(self.batch // self.compiler.backend.cores), STEP)
+
+
+class Window(Engine):
+    """One graph; each step computes the whole window."""
 
     def example(self, batch):
         """The module of one step, and inputs for it."""
         return NeuronStep(self.gpt), padded([[0]] * batch, self.context)
 
-    @cached_property
-    def step(self):
-        self.graphs.prepare(self.gpt)
-        return self.graphs.build(*self.example(self.batch // self.graphs.backend.cores), STEP)[0]
-
     def prefill(self, rows):
         self.rows = [[*row] for row in rows]
-        return logits_of(self.step(*padded(self.rows, self.context)))
+        graph, _ = self.step
+        return logits_of(graph(*padded(self.rows, self.context)))
 
     def decode(self, tokens):
         return self.prefill([[*row, token] for row, token in zip(self.rows, tokens.tolist(), strict=True)])
 
 
-class Cached:
+class Cached(Engine):
     """A graph for each bucket, which computes prompts and fills the cache, and one for the tokens after them."""
 
-    def __init__(self, gpt, graphs, batch, buckets):
-        self.gpt = gpt  # as loaded, in float32, until the first graph is built
-        self.config, self.context = gpt.config, gpt.config.block_size
-        self.graphs, self.batch, self.buckets = graphs, batch, buckets
-        self.prefills, self.rows = {}, []
-
-    def describe(self):
-        return self.graphs.describe()
+    def __init__(self, gpt, compiler, batch, buckets):
+        super().__init__(gpt, compiler, batch, gpt.config.block_size)
+        self.buckets, self.prefills = buckets, {}
 
     def example(self, batch):
         """The module of one step, and inputs for it."""
         return Decode(self.gpt, batch), (torch.zeros(batch, 1, dtype=torch.int64), torch.zeros(batch).long())
-
-    @cached_property
-    def step(self):
-        """The decode graph, and its cache."""
-        self.graphs.prepare(self.gpt)
-        return self.graphs.build(*self.example(self.batch), STEP)
 
     def prefill(self, rows):
         _, cache = self.step
@@ -130,15 +125,18 @@ class Cached:
             # nanoGPT crops the text, which moves each token to another position embedding: the KV cache is invalid
             return self.compute()[0].numpy()
         last = torch.tensor([row[-1:] for row in self.rows])
-        return logits_of(self.step[0](last, torch.tensor(lengths) - 1))
+        graph, _ = self.step
+        return logits_of(graph(last, torch.tensor(lengths) - 1))
 
     def compute(self):
-        """What the smallest bucket that holds the texts gives for them: logits, and each layer's keys and values."""
+        """The logits and the new cache, by the graph of the smallest bucket that holds the texts."""
         longest = max(map(len, self.rows))
         bucket = next((bucket for bucket in self.buckets if bucket >= longest), self.context)
         if bucket not in self.prefills:
             inputs = padded([[0]] * self.batch, bucket)
-            self.prefills[bucket], _ = self.graphs.build(Prefill(self.gpt), inputs, f"gpt2_prefill_{bucket}_neuron.pt")
+            self.prefills[bucket], _ = self.compiler.build(
+                Prefill(self.gpt), inputs, f"gpt2_prefill_{bucket}_neuron.pt"
+            )
         return self.prefills[bucket](*padded(self.rows, bucket))
 
 

@@ -16,7 +16,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_beside, write_text
+from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_file, write_text
 from shared import fail
 from shared.tokenizer import Characters
 
@@ -37,7 +37,7 @@ def shakespeare(given, folder):
     kept = folder / "input.txt"
     if given is None and not kept.exists():
         data = download(SHAKESPEARE_URL, SHAKESPEARE_SHA256)
-        write_beside(kept, lambda temporary: temporary.write_bytes(data))
+        write_file(kept, lambda temporary: temporary.write_bytes(data))
     try:
         data = (given or kept).read_bytes()
         text = data.decode("utf-8")
@@ -88,7 +88,7 @@ def write_dataset(folder, splits, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     for split, ids in splits.items():
         row = np.asarray(ids, np.uint16)
-        write_beside(folder / f"{split}.bin", row.tofile)
+        write_file(folder / f"{split}.bin", row.tofile)
         print(f"{split}.bin: {len(row):,} tokens")
     print(f"vocabulary: {tokenizer.n_vocab:,}")
 

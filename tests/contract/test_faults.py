@@ -60,7 +60,7 @@ FAULTS = [
     ),
     Fault("tripy_nanogpt", SHIFTED, "model.py", "self.wpe(positions)", "self.wpe(positions + 1)"),
     Fault("tripy_nanogpt", ERF, "model.py", "gelu(self.c_fc(x))", "tp.gelu(self.c_fc(x))"),
-    Fault("tripy_nanogpt", TRANSPOSED, "weight_loader.py", "tensor.ndim == 2:", "len({*tensor.shape}) == 2:"),
+    Fault("tripy_nanogpt", TRANSPOSED, "weight_loader.py", "and tensor.ndim == 2", "and len({*tensor.shape}) == 2"),
 ]
 
 

@@ -29,6 +29,11 @@ def tox():
 
 
 @pytest.fixture(scope="module")
+def pyproject():
+    return tomllib.loads(read("pyproject.toml"))["tool"]
+
+
+@pytest.fixture(scope="module")
 def commands(tox):
     """{environment: its commands} of tox.ini's env_list, which make test runs."""
     envs = re.findall(r"[\w-]+", tox["tox"]["env_list"])
@@ -57,6 +62,14 @@ def test_a_project_has_tests_which_its_environment_runs(project, commands):
     assert f"pytest tests/{env} tests/docs/test_readme.py --readme {project}/README.md {{posargs}}" in commands[env]
     assert any(path.match(f"tests/{env}/test_*.py") and "\ndef test_" in read(path) for path in PATHS)
     assert f'"{project}": Example(' in read("tests/tools/examples.py")
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_import_linter_checks_a_project(project, pyproject):
+    layers, independent, forbidden = pyproject["importlinter"]["contracts"]
+    assert project in pyproject["importlinter"]["root_packages"] and project in layers["layers"][1].split(" | ")
+    assert {project, f"tests.{env_of(project)}"} <= {*independent["modules"]}
+    assert f"tests.{env_of(project)}" in forbidden["source_modules"]
 
 
 @pytest.mark.parametrize("project", PROJECTS)
@@ -108,11 +121,11 @@ def test_every_folder_with_tests_is_in_a_command(commands):
     assert {"lint", "shared", "parity", *map(env_of, PROJECTS)} == commands.keys()
 
 
-def test_commands_leave_out_no_test_and_ignore_no_failure(tox, commands):
+def test_commands_leave_out_no_test_and_ignore_no_failure(tox, pyproject, commands):
     lines = [line for env in commands.values() for line in env]
     lines += re.findall(r"^\t(.*\$\(TOX\) run-parallel.*)", read("Makefile").replace("\\\n", ""), re.M)[:1]
     lines += read(".ci/run").splitlines() + read(".github/workflows/ci.yml").splitlines()
-    settings = tomllib.loads(read("pyproject.toml"))["tool"]["pytest"]["ini_options"]
+    settings = pyproject["pytest"]["ini_options"]
     lines += [" " + option for option in settings["addopts"]]
     assert [line for line in lines if rules.WEAKENS.search(line)] == []
     assert {"set -euo pipefail", "make test", "make demo"} <= {*read(".ci/run").splitlines()}

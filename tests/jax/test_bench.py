@@ -1,19 +1,25 @@
-"""The formulas of bench.py and bench_gpu.py, by a clock that says what the test wants."""
+"""bench.py and bench_gpu.py: their formulas, by a clock that says what the test wants, and their rows on toys."""
 
-from itertools import chain, cycle, repeat
+import json
+from dataclasses import replace
+from itertools import chain, repeat
 
 import jax
+import numpy as np
 import pytest
 
-from jax_nanogpt import bench, bench_gpu
-from jax_nanogpt.model import GPTConfig, count_params, init_params
+from jax_nanogpt import bench, bench_gpu, weight_loader
+from jax_nanogpt.bench import Job
+from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
+from jax_nanogpt.train import Config
 
-CONFIG = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
+CONFIG = GPTConfig(block_size=32, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
+DECODE = Job("decode", "toy", "float32", batch=3, prompt=5, new=8, peer_batch=3)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A call that takes the given seconds, one after another, and then the last of them; it counts its calls."""
+    """clock(seconds...) is a call that takes these times, one after another, and then the last of them."""
     now = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
 
@@ -21,13 +27,18 @@ def clock(monkeypatch):
         left = chain(seconds, repeat(seconds[-1]))
 
         def call():
-            call.made += 1
             now[0] += next(left)
 
-        call.made = 0
         return call
 
     return lasting
+
+
+@pytest.fixture
+def half_a_second(monkeypatch):
+    """What is measured takes half a second, and is not run."""
+    for module in bench, bench_gpu:
+        monkeypatch.setattr(module, "seconds", lambda call: 0.5)
 
 
 @pytest.fixture
@@ -36,11 +47,10 @@ def report(monkeypatch):
     return bench.Report(jax.devices("cpu")[0])
 
 
-def test_a_rate_counts_the_new_tokens_of_all_texts_and_takes_the_middle_of_the_rounds(clock, report):
+def test_a_rate_counts_the_new_tokens_of_all_texts_and_takes_the_median_round(clock, report):
     ours = clock(9, 0.5, 4, 2, 1, 3, 2, 7)  # cold, for the memory, from the compilation cache; then the rounds
-    took = report.add("decode", "toy", CONFIG, 3, 5, 8, ours)
+    assert report.add(DECODE, ours) == 2
     (row,) = report.results
-    assert took == 2 and ours.made == 3 + bench.PAIRS
     assert row["tokens_per_s"] == 3 * 8 / 2
     assert (row["compile_s"], row["compile_cached_s"]) == (9 - 2, 4 - 2)
     assert row["ttft_ms"] is row["mbu"] is row["peer"] is row["ratio"] is None
@@ -48,80 +58,137 @@ def test_a_rate_counts_the_new_tokens_of_all_texts_and_takes_the_middle_of_the_r
 
 
 def test_prefill_counts_the_prompts_tokens_and_its_time_is_that_to_the_first_token(clock, report):
-    report.add("prefill", "toy", CONFIG, 2, 6, 1, clock(0.5))
+    report.add(DECODE._replace(new=1), clock(0.5))
     (row,) = report.results
-    assert row["tokens_per_s"] == 2 * 6 / 0.5 and row["ttft_ms"] == 500 and row["compile_s"] == 0
+    assert row["tokens_per_s"] == 3 * 5 / 0.5 and row["ttft_ms"] == 500 and row["compile_s"] == 0
 
 
-def test_a_ratio_is_of_our_tokens_over_the_peers_in_one_round_and_above_1_where_we_are_faster(clock, report):
+def test_a_ratio_is_of_our_tokens_over_the_peers_in_one_round_and_above_1_if_we_are_faster(clock, report):
     """Machines slow down together: both take 1, then 10 times as long, and the ratio is the same in each round."""
     drift = 1, 1, 10, 10, 1
     ours, same_batch = clock(1, 1, 1, *(2 * d for d in drift)), clock(1, *(6 * d for d in drift))
-    report.add("sample", "toy", CONFIG, 4, 1, 8, ours, [("peer", "torch", same_batch)])
-    one_text = clock(1, *(3 * d for d in drift))  # while ours are four
+    report.add(DECODE, ours, [("", "torch", same_batch)])
+    one_text = clock(1, *(3 * d for d in drift))  # while ours are three
     ours = clock(1, 1, 1, *(2 * d for d in drift))
-    peers = [("peer", "torch", one_text), ("peer_autocast", "torch bfloat16", clock(1, *(d for d in drift)))]
-    report.add("sample_batch4", "toy", CONFIG, 4, 1, 8, ours, peers, peer_batch=1)
+    peers = [("", "torch", one_text), ("_autocast", "torch bfloat16", clock(1, *drift))]
+    report.add(DECODE._replace(peer_batch=1), ours, peers)
     first, second = report.results
-    assert first["ratio"] == 3 and first["peer"] == {"name": "torch", "tokens_per_s": round(4 * 8 / 6, 1)}
-    assert second["ratio"] == 4 * 3 / 2 and second["peer"]["tokens_per_s"] == round(8 / 3, 1)
-    assert second["ratio_autocast"] == 4 * 1 / 2 and second["peer_autocast"]["name"] == "torch bfloat16"
+    assert first["ratio"] == 3 and first["peer"] == {"name": "torch", "tokens_per_s": 3 * 8 / 6}
+    assert second["ratio"] == 3 * 3 / 2 and second["peer"]["tokens_per_s"] == round(8 / 3, 1)
+    assert second["ratio_autocast"] == 3 * 1 / 2 and second["peer_autocast"]["name"] == "torch bfloat16"
 
 
-def test_mbu_is_the_bytes_of_the_steps_over_what_memory_could_read_meanwhile(clock, report, monkeypatch):
-    report.add("decode", "toy", CONFIG, 3, 5, 8, clock(2), read=100)
+def test_mbu_is_the_bytes_of_the_steps_over_what_memory_could_read_meanwhile(clock, report):
+    report.add(DECODE._replace(read=100), clock(2))
     report.on_cpu = False  # an accelerator has another memory than the one that was measured
-    report.add("decode", "toy", CONFIG, 3, 5, 8, clock(2), read=100)
+    report.add(DECODE._replace(read=100), clock(2))
     on_cpu, elsewhere = report.results
     assert on_cpu["mbu"] == 8 * 100 / (2 * 1000)  # eight steps, each for all three texts
     assert elsewhere["mbu"] is None
 
 
-def test_the_time_to_the_first_token_of_decoding_is_measured_alone(monkeypatch, report):
-    """The middle of calls that make one token after the same prompt."""
-    made, times = [], cycle([0.3, 0.1, 0.2])
-
-    def record(config, params, ids, count, **settings):
-        made.append((len(ids), count))
-
-    def seconds(call):
-        call()
-        return next(times)
-
-    monkeypatch.setattr(bench, "make_text", record)
-    monkeypatch.setattr(bench, "seconds", seconds)
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    bench.bench_gpt2(report, "toy", None, CONFIG, init_params(CONFIG, jax.random.key(0)), 4)
-    assert report.results[-1]["ttft_ms"] == pytest.approx(200)
-    assert made[-bench.PAIRS :] == [(16, 1)] * bench.PAIRS and (16, 4) in made
+def test_a_step_reads_each_weight_once_and_each_texts_keys_and_values():
+    """By transformers' arrays: all but the position embeddings, and a cache of as many positions."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    c = replace(CONFIG, n_layer=2)
+    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, **shape)
+    model = transformers.GPT2LMHeadModel(config)
+    weights = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
+    for batch, positions in (1, 1), (3, 7):
+        cache = model(torch.zeros((batch, positions), dtype=torch.long)).past_key_values
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert bench.step_bytes(c, batch, positions) == weights + held
 
 
-# --- on a GPU
+@pytest.mark.usefixtures("half_a_second")
+def test_bench_prints_one_json_document_last(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("torch")
+    weight_loader.save(tmp_path, CONFIG, init_params(CONFIG, jax.random.key(0)))
+    settings = Config(iters_per_call=2, batch_size=3, block_size=8)
+    toy = settings, replace(CONFIG, block_size=8, dropout=0.1), np.zeros((2, 1, 3, 9), np.int32)
+    monkeypatch.setattr(bench, "shakespeare", lambda: toy)
+    firsts, interleave = [], bench.interleave
+    monkeypatch.setattr(bench, "interleave", lambda calls: firsts.append(calls[0]) or interleave(calls))
+    bench.main([f"--model={tmp_path}", "--new-tokens=4"])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["project"] == "jax_nanogpt"
+    rows = {row["work"]: row for row in document["results"]}
+    train = 2 * 3 * 8
+    rates = {"train": train, "train_bfloat16": train, "sample": 7, "sample_batch10": 10 * 7, "sample_past_edge": 64}
+    rates |= {"prefill": 16, "decode": 4}
+    assert {work: row["tokens_per_s"] for work, row in rows.items()} == {work: n / 0.5 for work, n in rates.items()}
+    assert {work: row["ratio"] for work, row in rows.items()} == dict.fromkeys(rates, 1) | {"sample_batch10": 10}
+    assert rows["train"]["ms_per_iteration"] == 250 and rows["train"]["ratio_autocast"] == 1
+    read = bench.step_bytes(CONFIG, 1, 16 + 4 / 2)
+    assert rows["decode"]["mbu"] == pytest.approx(read * 4 / 0.5 / (2**28 / 0.5), abs=5e-4)
+    assert rows["prefill"]["ttft_ms"] == rows["decode"]["ttft_ms"] == 500
+    ids, count = firsts[-1].args[2:]
+    assert (len(ids), count) == (16, 1)  # decode's time to the first token is measured alone
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_torch_peer_is_the_same_model(bias):
+    torch = pytest.importorskip("torch")
+    from jax_nanogpt import bench_peer
+
+    config = replace(CONFIG, bias=bias)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+    tokens = np.arange(32)[None]
+    ours, _ = jax.jit(GPT(config).apply)({"params": params}, tokens)
+    with torch.no_grad():
+        theirs = bench_peer.TorchGPT(config).load(params).eval()(torch.tensor(tokens))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+# --- bench_gpu.py
 
 
 def test_the_gpu_rows_rate_and_ratio(clock):
     ours, theirs = clock(9, 1, 2, 1, 3, 2, 7), clock(1, 6, 4, 12, 2, 28)  # in a round 3, 4, 4, 1, 4 times as long
-    peer = type("Peer", (), {"name": "torch"})
-    row, line = bench_gpu.compare("train", CONFIG, 4, 640, ours, peer, theirs)
-    assert row["tokens_per_s"] == 640 / 2 and row["peer"]["tokens_per_s"] == round(640 / 6, 1)
+    row = bench_gpu.compare(640, ours, theirs, "torch")
+    assert row["tokens_per_s"] == 640 / 2 and row["peer"] == {"name": "torch", "tokens_per_s": round(640 / 6, 1)}
     assert row["ratio"] == 4 and row["compile_s"] == 7
-    alone, _ = bench_gpu.compare("train", CONFIG, 4, 640, clock(2), None, None)
+    alone = bench_gpu.compare(640, clock(2))
     assert alone["tokens_per_s"] == 320 and alone["peer"] is None and alone["ratio"] is None
 
 
 def test_mfu_is_the_models_arithmetic_over_the_devices_peak():
     """PaLM's formula, appendix B: 6 N + 12 L H Q T for a token."""
-    params = init_params(CONFIG, jax.random.key(0))
-    multiplied = count_params(params) - CONFIG.block_size * CONFIG.n_embd
+    multiplied = count_params(CONFIG) - CONFIG.block_size * CONFIG.n_embd
     attention = 12 * CONFIG.n_layer * CONFIG.n_head * (CONFIG.n_embd // CONFIG.n_head) * CONFIG.block_size
-    flops = (6 * multiplied + attention) * 1e9
-    found = bench_gpu.arithmetic(CONFIG, params, 1e9, 100)
-    assert found == {"tflops": round(flops / 1e12, 3), "mfu": round(flops / 1e14, 4)}
-    assert bench_gpu.arithmetic(CONFIG, params, 1e9, None)["mfu"] is None
+    assert flops_per_token(CONFIG) == 6 * multiplied + attention
+    tflops = flops_per_token(CONFIG) * 1e9 / 1e12
+    assert bench_gpu.arithmetic(CONFIG, 1e9, 100) == {"tflops": round(tflops, 3), "mfu": round(tflops / 100, 4)}
+    assert bench_gpu.arithmetic(CONFIG, 1e9, None)["mfu"] is None
 
 
-@pytest.mark.parametrize("flags", [["--new-tokens=1024"], ["--iters=0"], ["--device=abacus"]])
-def test_mistakes_in_measuring_end_in_one_line_and_status_2(flags, capsys):
+@pytest.mark.usefixtures("half_a_second")
+def test_bench_gpu_prints_one_json_document_last(capsys):
+    pytest.importorskip("torch")
+    flags = ["--shape=tiny", "--batch=2", "--block_size=16", "--iters=3", "--new-tokens=4", "--peak=1e-4"]
+    bench_gpu.main([*flags, "--device=cpu"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    rates = {"train": 3 * 2 * 16, "sample": 4, "sample_batch64": 64 * 4}
+    assert {row["work"]: row["tokens_per_s"] for row in results} == {work: n / 0.5 for work, n in rates.items()}
+    assert all(row["ratio"] == 1 and row["peer"]["name"].startswith("transformers") for row in results)
+    config = GPTConfig(block_size=16, vocab_size=512, n_layer=2, n_head=2, n_embd=64)
+    assert results[0]["parameters"] == count_params(config)
+    assert results[0]["mfu"] == bench_gpu.arithmetic(config, 3 * 2 * 16 / 0.5, 1e-4)["mfu"] > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (bench, ["--model=gpt2-nano", "--new-tokens=1"]),
+        (bench, ["--model=gpt2-nano", "--new-tokens=1024"]),
+        (bench_gpu, ["--new-tokens=1024"]),
+        (bench_gpu, ["--iters=0"]),
+        (bench_gpu, ["--device=abacus"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(script, flags, capsys):
     with pytest.raises(SystemExit) as caught:
-        bench_gpu.main(flags)
+        script.main(flags)
     assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1

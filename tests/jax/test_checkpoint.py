@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_nanogpt.checkpoint import Checkpoints, last_good, steps_in
-from jax_nanogpt.files import copy_files, write_beside, write_text
+from jax_nanogpt.files import copy_files, write_file, write_text
 
 
 def save(checkpoints, losses):
@@ -125,7 +125,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="^.*/file cannot be written: No space left on device$"):
-        write_beside(path, half)
+        write_file(path, half)
     assert path.read_text(encoding="utf-8") == "before" and list(tmp_path.iterdir()) == [path]
     write_text(path, "after")
     assert path.read_text(encoding="utf-8") == "after" and list(tmp_path.iterdir()) == [path]

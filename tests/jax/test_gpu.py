@@ -13,8 +13,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractMesh, AxisType
 
 from jax_nanogpt import mesh as meshes
-from jax_nanogpt import plan, speed
-from jax_nanogpt.model import GPT, GPTConfig, init_params
+from jax_nanogpt import plan
+from jax_nanogpt.kernels import fused_attend
+from jax_nanogpt.model import GPT, GPTConfig, Kernels, init_params
 from jax_nanogpt.train import losses
 
 CONFIG = GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
@@ -25,44 +26,25 @@ def params():
     return init_params(CONFIG, jax.random.key(0))
 
 
-def mean_logit(config, params, tokens):
-    return GPT(config).apply({"params": params}, tokens, train=True)[0].mean()
-
-
 def test_on_an_nvidia_gpu_attention_is_cudnns_forward_and_back(params, monkeypatch):
     """The program for CUDA, lowered here; JAX asks its own cuDNN for its version, and there is none."""
     version = type("Version", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
     monkeypatch.setattr(cudnn, "cuda_versions", version)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(speed, "on_cpu", lambda: False)
-    monkeypatch.setattr(speed, "fuses_attention", lambda q: q.dtype == jnp.bfloat16)
+    config = replace(CONFIG, dropout=0.0, dtype="bfloat16")
 
-    def program(**settings):
-        config = replace(CONFIG, dropout=0.0, dtype="bfloat16", **settings)
-        step = jax.jit(jax.grad(partial(mean_logit, config)))
+    def program(kernels):
+        model = GPT(config, kernels)
+        step = jax.jit(jax.grad(lambda p, tokens: model.apply({"params": p}, tokens, train=True)[0].mean()))
         return step.trace(params, jnp.zeros((2, 64), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
 
-    text = program()
+    text = program(Kernels(attend=fused_attend))
     assert len(re.findall(r"custom_call @__cudnn\$fmhaSoftmax\(", text)) == CONFIG.n_layer
     assert len(re.findall(r"custom_call @__cudnn\$fmhaSoftmaxBackward\(", text)) == CONFIG.n_layer
     assert text.count("mask_type\\22: \\22CAUSAL") == 2 * CONFIG.n_layer
     assert "64x64" not in text  # no scores
-    assert "__cudnn" not in program(fast=False) and "64x64" in program(fast=False)
-
-
-def test_the_fused_kernels_attention_is_ours(params, monkeypatch):
-    """jax.nn.dot_product_attention's contract, by its own XLA implementation."""
-    tokens = np.random.default_rng(0).integers(65, size=(2, 64))
-    ours, _ = GPT(CONFIG).apply({"params": params}, tokens)
-    plain = partial(jax.nn.dot_product_attention)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
-    monkeypatch.setattr(speed, "fuses_attention", lambda q: True)
-    fused, _ = GPT(CONFIG).apply({"params": params}, tokens)
-    np.testing.assert_allclose(fused, ours, atol=1e-6)
-
-
-def test_here_no_kernel_is_fused():
-    assert not speed.fuses_attention(jnp.zeros((1, 1, 8, 64), jnp.bfloat16))
+    plain = program(Kernels())
+    assert "__cudnn" not in plain and "64x64" in plain
 
 
 def test_remat_has_the_same_gradients_and_keeps_less_for_the_backward_pass(params):

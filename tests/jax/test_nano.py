@@ -32,8 +32,8 @@ def model():
 
 
 def test_it_is_small_and_stored_in_float16(model):
-    config, params = model
-    assert count_params(params) <= 4_700_000 and config.block_size >= 256
+    config, _ = model
+    assert count_params(config) <= 4_700_000 and config.block_size >= 256
     assert config.n_embd % 128 == 0 and config.vocab_size % 128 == 0
     tensors = load_file(FOLDER / "model.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}

@@ -1,4 +1,4 @@
-"""Checkpoints cropped and written. What a checkpoint may hold, and how it is read, is in tests/contract/odd.py."""
+"""Checkpoints cropped and exported. What a checkpoint may hold, and how it is read, is in tests/contract/odd.py."""
 
 from dataclasses import replace
 
@@ -9,8 +9,9 @@ import transformers
 from safetensors.numpy import load_file
 
 from jax_nanogpt import weight_loader
+from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.model import GPTConfig, init_params
-from shared.tokenizer import gpt2_bpe, load_tokenizer
+from shared.tokenizer import Characters, gpt2_bpe, load_tokenizer
 from tests.jax import reference
 
 CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
@@ -42,24 +43,20 @@ def test_what_is_written_loads_in_transformers(dtype, params, tmp_path):
     ours = reference.forward(CONFIG, params, tokens)
     tolerance = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}[dtype]
     np.testing.assert_allclose(reference.logits_of(reference.load(tmp_path), tokens), ours, atol=tolerance)
+    config, loaded = weight_loader.load(tmp_path, dtype)
+    assert config == replace(CONFIG, dtype=dtype)
+    assert jax.tree.all(jax.tree.map(lambda p, q: np.array_equal(p.astype(dtype), q), params, loaded))
 
 
 def test_a_model_without_biases_is_written_with_zeros(params, tmp_path):
     config = replace(CONFIG, bias=False)
-    without = init_params(config, jax.random.key(0))
-    without = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), without)
-    weight_loader.save(tmp_path, config, without)
+    for module in params["ln_f"], params["h_0"]["ln_1"], params["h_0"]["ln_2"], *params["h_0"]["attn"].values():
+        del module["bias"]
+    del params["h_0"]["mlp"]["c_fc"]["bias"], params["h_0"]["mlp"]["c_proj"]["bias"]
+    weight_loader.save(tmp_path, config, params)
     tokens = np.arange(16)[None]
     expected = reference.logits_of(reference.load(tmp_path), tokens)
-    np.testing.assert_allclose(reference.forward(config, without, tokens), expected, atol=1e-5)
-
-
-def test_saved_and_loaded_again_is_the_same_to_the_bit(params, tmp_path):
-    weight_loader.save(tmp_path, CONFIG, params)
-    config, again = weight_loader.load(tmp_path)
-    assert config == CONFIG
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
-    assert not list(tmp_path.glob("*.part"))
+    np.testing.assert_allclose(reference.forward(config, params, tokens), expected, atol=1e-5)
 
 
 def test_a_model_on_gpt2s_tokens_is_written_with_gpt2s_vocabulary(tmp_path):
@@ -72,3 +69,20 @@ def test_a_model_on_gpt2s_tokens_is_written_with_gpt2s_vocabulary(tmp_path):
         ids = gpt2_bpe().encode(text)
         assert load_tokenizer(tmp_path / "out").encode(text) == tokenizer(text)["input_ids"] == ids
     assert tokenizer.eos_token_id == transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == 50256
+
+
+def test_an_export_is_the_best_checkpoint_with_its_tokenizer(params, tmp_path, capsys):
+    Characters("ab\n").save(tmp_path)
+    checkpoints = Checkpoints(tmp_path, "afresh")
+    for step, loss in (10, 1.0), (20, 2.0):
+        state = jax.tree.map(lambda p, step=step: p + step, params)
+        checkpoints.save(step, state, {"count": np.zeros(1)}, {"model": vars(CONFIG)}, loss)
+    weight_loader.main([f"--out_dir={tmp_path}", f"--to={tmp_path / 'exported'}"])
+    config, exported = weight_loader.load(tmp_path / "exported")
+    assert config == CONFIG and load_tokenizer(tmp_path / "exported").chars == "ab\n"
+    np.testing.assert_array_equal(exported["wte"], params["wte"] + 10)
+    assert not list(tmp_path.rglob("*.part"))
+    assert capsys.readouterr().out == f"{tmp_path / 'exported'}: iteration 10, float32\n"
+    with pytest.raises(SystemExit, match="2"):
+        weight_loader.main([f"--out_dir={tmp_path / 'nowhere'}", f"--to={tmp_path}"])
+    assert capsys.readouterr().err.count("\n") == 1

@@ -31,7 +31,7 @@ from jax_nanogpt.data.corpus import (
     shingles,
     write_dataset,
 )
-from jax_nanogpt.files import write_beside, write_text
+from jax_nanogpt.files import write_file, write_text
 from shared.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -80,7 +80,7 @@ def train_tokenizer(texts):
 
 def write_tokenizer(folder, tokenizer, context):
     """GPT-2's two files for everyone, tokenizer.json and its config for transformers."""
-    write_beside(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    write_file(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     write_text(folder / "merges.txt", "\n".join(lines) + "\n")

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_nanogpt.data.corpus import keep_tokenizer
-from jax_nanogpt.files import write_beside
+from jax_nanogpt.files import write_file
 from shared.tokenizer import gpt2_bpe
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +34,7 @@ def write(documents, tokenizer, folder):
                 ids = [*tokenizer.encode(document["text"]), tokenizer.eot]
                 np.asarray(ids, np.uint16).tofile(val if number % 2000 == 1999 else train)
 
-    write_beside(folder / "train.bin", lambda train: write_beside(folder / "val.bin", partial(write_both, train)))
+    write_file(folder / "train.bin", lambda train: write_file(folder / "val.bin", partial(write_both, train)))
 
 
 @script
