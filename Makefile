@@ -1,4 +1,4 @@
-# make test and make demo do all the set-up: .venv with tox in it, and tox's own environments under .tox
+# Every target first installs tox into .venv; tox installs its environments under .tox.
 PYTHON ?= python3.11
 TOX = .venv/bin/tox
 
@@ -7,7 +7,7 @@ TOX = .venv/bin/tox
 test: $(TOX)
 	$(TOX) run-parallel --parallel-no-spinner
 
-# the tests of the engines as on a CPU without AVX-512: each engine's own switch
+# the engine tests without AVX-512: each engine has its own switch
 avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 avx2: export ATEN_CPU_CAPABILITY = avx2
 avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
@@ -21,10 +21,12 @@ demo: $(TOX)
 bench: $(TOX)
 	@$(TOX) run -qq -e bench -- $(BENCH)
 
+# the tests of bad input and of shared, with many more examples, other ones each time
 fuzz: $(TOX)
-	@$(TOX) run -qq -e fuzz -- $(FUZZ)
+	$(TOX) exec -e parity -- pytest tests/contract/test_bad_input.py -n 2 --dist=loadgroup --hypothesis-profile=fuzz $(FUZZ)
+	$(TOX) exec -e shared -- pytest tests/shared --hypothesis-profile=fuzz
 
-# one fault at a time in a copy of the code: which tests notice it
+# mutation testing: one fault at a time in a copy of the code, which tests must notice
 mutants: $(TOX)
 	@$(TOX) run -qq -e mutants -- $(MUTANTS)
 
@@ -33,22 +35,22 @@ kills: $(TOX)
 	$(TOX) run -e jax -- -m faults -k killed_at_random --kills=50 --kills-seed=$$(date +%s)
 	$(TOX) run -e parity -- -k ctrl_c_at_random --interrupts=25 --interrupts-seed=$$(date +%s)
 
-# the other Pythons that shared and jax_nanogpt run on; one that this machine lacks is skipped by name
+# the other Pythons that shared and jax_nanogpt support; those that are not installed are skipped by name
 versions: $(TOX)
 	$(TOX) run --skip-missing-interpreters true -e shared-py310,shared-py312,shared-py313,jax-py312,jax-py313
 
-# trained models and other outputs stay
+# keeps trained models and other outputs
 clean:
-	rm -rf .venv .tox .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tox .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(TOX): Makefile
 	@command -v $(PYTHON) >/dev/null || \
-	  { echo "$(PYTHON) is not there: install Python 3.11, or name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	  { echo "$(PYTHON) is not installed: install Python 3.11, or use another: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-	  { echo "$(PYTHON) is not Python 3.11 to 3.13: name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	  { echo "$(PYTHON) is not Python 3.11 to 3.13: use another: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-	  { echo "$(PYTHON) has no venv: on Debian and Ubuntu apt install python3.11-venv; README.md has another way" >&2; exit 1; }
+	  { echo "$(PYTHON) lacks venv: on Debian and Ubuntu run apt install python3.11-venv; README.md has another way" >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; }
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check tox==4.67.13
 	@touch $(TOX)

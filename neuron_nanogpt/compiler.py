@@ -1,22 +1,21 @@
-"""From a module to a graph: traced, saved beside what it was made from, and loaded only where all of that still holds.
+"""From a module to a graph: traced, saved with a description of what it was traced from, loaded while that matches.
 
-Two engines have the same few methods. `Neuron` is torch_neuronx.trace, for a NeuronCore. `CPU` is torch.jit.trace of
-the same modules, for any machine.
+Two backends have the same methods. `Neuron` is torch_neuronx.trace, for a NeuronCore. `CPU` is torch.jit.trace of the
+same modules, for any machine.
 """
 
 import hashlib
 import importlib.metadata
-import inspect
 import io
 import json
-import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from neuron_nanogpt import kernels, model
+from neuron_nanogpt import graphs, kernels, model
+from neuron_nanogpt.files import write_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGETS = ("trn1", "trn2", "inf2")
@@ -24,31 +23,42 @@ DRIVER = Path("/dev/neuron0")
 INDEX = "https://pip.repos.neuron.amazonaws.com"
 
 
-def choose(device, target, compiler_args):
-    """The engine that --device names; auto is a NeuronCore where there is one."""
+class ArtifactError(Exception):
+    """A graph on disk that must not be loaded."""
+
+
+def choose(device="auto", target="trn1", compiler_args=(), cores=1):
+    """The backend for --device; auto is a NeuronCore if there is one."""
     missing = why_no_neuron()
     if device == "neuron" and missing:
-        raise ValueError(f"device is neuron, but {missing}")
-    return CPU(missing) if device == "cpu" or missing else Neuron(target, compiler_args)
+        install = "on a Neuron instance: pip install -r requirements.txt"
+        raise ValueError(f"--device must be auto or cpu, got neuron: {missing} ({install})")
+    if device == "neuron" or device == "auto" and not missing:
+        return Neuron(target, compiler_args, cores)
+    if cores > 1:
+        raise ValueError(f"--cores must be 1 on the cpu, got {cores}")
+    return CPU(missing)
 
 
 def why_no_neuron():
     if find_spec("torch_neuronx") is None:
         return "torch-neuronx is not installed"
-    import torch_neuronx
-
-    if not hasattr(torch_neuronx, "trace"):
-        return f"the torch_neuronx here is PyPI's empty placeholder: the real one is at {INDEX} (see requirements.txt)"
-    return None if DRIVER.exists() else f"there is no {DRIVER}"
+    try:
+        from torch_neuronx import trace  # noqa: F401
+    except ImportError as error:
+        reason = str(error).partition("\n")[0]
+        return f"torch_neuronx cannot be imported ({reason}): PyPI has an empty placeholder, the package is at {INDEX}"
+    return None if DRIVER.exists() else f"{DRIVER} is missing"
 
 
 class CPU:
-    name, target = "cpu", None
+    name, target, cores = "cpu", None, 1
     software = f"TorchScript of torch {torch.__version__}"
 
-    def __init__(self, missing):
-        self.missing = missing
+    def __init__(self, missing=None):
+        self.missing = missing  # why this is not a NeuronCore
         self.plain = [name for name, dtype in DTYPES.items() if not kernels.can_pack(dtype)]
+        self.facts = {"device": "cpu", "plain_kernels": self.plain, "versions": {"torch": torch.__version__}}
 
     def describe(self, *dtypes):
         parts = [f"cpu: {self.software}"] + ([self.missing] if self.missing else [])
@@ -56,74 +66,70 @@ class CPU:
             parts.append(f"{' and '.join(plain)} by PyTorch's plain kernels")
         return ", ".join(parts)
 
-    def about(self):
-        about = {"device": "cpu", "target": None, "compiler_args": [], "plain_kernels": self.plain}
-        return about | {"versions": {"torch": torch.__version__}}
-
     def prepare(self, gpt):
         return kernels.prepare(gpt)
 
-    def trace(self, module, inputs, aliases):
+    def trace(self, module, inputs):
         """The graph without its weights: they are the model's, and every graph shares them."""
         graph = torch.jit.trace(module, inputs, check_trace=False)
         for name, tensor in module.state_dict().items():
-            put(graph, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))  # one number on disk
+            set_tensor(graph, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))  # one number on disk
         return graph
 
     def load(self, file, module):
+        """The graph, and its cache."""
         graph = torch.jit.load(file).eval()
         for name, tensor in module.state_dict().items():
-            put(graph, name, tensor)
-        return torch.jit.freeze(graph)  # a cache, which it changes, stays an attribute: the module's own tensor
-
-    def states(self, graph, module):
-        return list(module.cache)
+            set_tensor(graph, name, tensor)
+        return torch.jit.freeze(graph), list(module.cache)  # the cache stays an attribute, since the graph writes to it
 
 
 class Neuron:
     name = "neuron"
 
-    def __init__(self, target, compiler_args):
-        self.target = target
+    def __init__(self, target, compiler_args, cores):
+        self.target, self.cores = target, cores
         # auto-cast would turn float32 products into bfloat16; GPT-2's masks overflow without the last
         fixed = [f"--target={target}", "--model-type=transformer", "--auto-cast=none", "--enable-saturate-infinity"]
-        self.compiler_args = fixed + compiler_args
-        self.versions = {name: version(name) for name in ("torch", "torch-neuronx", "neuronx-cc")}
-        self.software = f"torch-neuronx {self.versions['torch-neuronx']}"
+        self.compiler_args = [*fixed, *compiler_args]
+        versions = {name: version(name) for name in ("torch", "torch-neuronx", "neuronx-cc")}
+        self.software = f"torch-neuronx {versions['torch-neuronx']}"
+        self.facts = {"device": "neuron", "target": target, "compiler_args": self.compiler_args, "versions": versions}
 
     def describe(self, *dtypes):
         return f"neuron ({self.target}): {self.software}"
 
-    def about(self):
-        about = {"device": "neuron", "target": self.target, "compiler_args": self.compiler_args}
-        return about | {"versions": self.versions}
-
     def prepare(self, gpt):
         return gpt
 
-    def trace(self, module, inputs, aliases):
+    def trace(self, module, inputs):
         import torch_neuronx
 
         graph = torch_neuronx.trace(
             module,
             inputs,
-            input_output_aliases=aliases,
+            # the device then updates the cache in place
+            input_output_aliases={parameter: 1 + i for i, parameter in enumerate(module.cache)},
             compiler_args=self.compiler_args,
             inline_weights_to_neff=False,  # or every bucket's program would hold all weights
         )
-        for state in self.states(graph, module):
+        for state in self.states(graph):
             state.zero_()
         return graph
 
     def load(self, file, module):
+        """The graph, and its cache on the device."""
         import torch_neuronx
 
         graph = torch.jit.load(file)
-        torch_neuronx.move_trace_to_device(graph, 0)  # weights and states; without it they travel at each call
-        return graph
+        torch_neuronx.move_trace_to_device(graph, 0)  # or weights and states would be copied at each call
+        cache = self.states(graph)  # read here, since the move replaces the tensors
+        if self.cores > 1:
+            devices = list(range(self.cores))
+            graph = torch_neuronx.DataParallel(graph, device_ids=devices, dim=0, set_dynamic_batching=False)
+        return graph, cache
 
-    def states(self, graph, module):
-        """The cache on the device. Asked for after move_trace_to_device, which puts new tensors there."""
+    def states(self, graph):
         return [tensor for name, tensor in graph.named_parameters() if name.startswith("states.")]
 
 
@@ -134,92 +140,87 @@ def version(package):
         return None
 
 
-def put(graph, name, tensor):
+def set_tensor(graph, name, tensor):
     *path, leaf = name.split(".")
     for part in path:
         graph = getattr(graph, part)
     setattr(graph, leaf, tensor)
 
 
-# -- artifacts
+class Compiler:
+    """The graphs of one checkpoint, by one backend, kept in the current directory."""
+
+    def __init__(self, backend, weights, dtype, recompile=False):
+        self.backend, self.dtype, self.recompile = backend, dtype, recompile
+        self.facts = backend.facts | {"weights": weights, "dtype": dtype, "code": hash_code()}
+        self.compile_s = 0.0
+
+    def describe(self):
+        return self.backend.describe(self.dtype)
+
+    def prepare(self, gpt):
+        """Converts a model in place, which spares the memory of a second one."""
+        return self.backend.prepare(gpt.to(DTYPES[self.dtype]))
+
+    def build(self, module, inputs, name):
+        """The module's graph, reused from the file of this name or traced and saved there; and its cache."""
+        start, path = time.perf_counter(), Path(name)
+        wanted = self.facts | {"graph": type(module).__name__}
+        wanted |= {"inputs": [[list(tensor.shape), str(tensor.dtype)] for tensor in inputs]}
+        data, why = (None, "--recompile") if self.recompile else find_artifact(path, wanted)
+        verb = "reused" if data else "traced"
+        if not data:
+            file = io.BytesIO()
+            torch.jit.save(self.backend.trace(module, inputs), file)
+            data = file.getvalue()
+            save_artifact(path, data, wanted)
+        graph, cache = self.backend.load(io.BytesIO(data), module)
+        seconds = time.perf_counter() - start
+        self.compile_s += seconds
+        print(f"{name}: {verb} in {seconds:.1f} s" + (f" ({why})" if why else ""), flush=True)
+        return graph, cache
 
 
-def build(engine, module, inputs, path, facts, aliases=None, recompile=False, tell=print):
-    """The graph of a module, from path if what lies there was made from the same, else traced and saved there.
-
-    A file that its sidecar does not vouch for is an error: a graph is a program, and nobody knows whose this is.
-    """
-    wanted = (
-        engine.about()
-        | facts
-        | {
-            "inputs": [[list(tensor.shape), str(tensor.dtype)] for tensor in inputs],
-            "code": hash_code(type(module)),
-        }
-    )
-    start = time.perf_counter()
-    data, verb, changed = None, "reused", "it is asked for" if recompile else ""
-    if path.exists() and not recompile:
-        data, given = vouched(path)
-        changed = difference(given, wanted)
-    if data is None or changed:
-        data, verb = traced(engine, module, inputs, aliases or {}), "traced"
-        sidecar = {"sha256": hashlib.sha256(data).hexdigest()} | wanted
-        write_files({path: data, path.with_suffix(".json"): json.dumps(sidecar, indent=2).encode() + b"\n"})
-    graph = engine.load(io.BytesIO(data), module)
-    why = f", for {changed}" if changed else ""
-    tell(f"{path.name}: {verb} in {time.perf_counter() - start:.1f} s{why}")
-    return graph
+def find_artifact(path, wanted):
+    """(the artifact's bytes or None, why not): its description must match what is wanted."""
+    if not path.exists():
+        return None, ""
+    data, given = read_artifact(path)
+    for key, value in wanted.items():
+        if given.get(key) != value:
+            return None, f"{key} changed" if key in ("weights", "code") else f"{key} was {given.get(key)}, is {value}"
+    return data, ""
 
 
-def traced(engine, module, inputs, aliases):
-    file = io.BytesIO()
-    torch.jit.save(engine.trace(module, inputs, aliases), file)
-    return file.getvalue()
-
-
-def vouched(path):
-    """The artifact's bytes, and what it was made from, by the sidecar that knows these bytes."""
-    sidecar, advice = path.with_suffix(".json"), "delete it, or say --recompile"
-    for pause in (0.1, 0.2, 0.4, 0):  # another run may be putting the two in place
+def read_artifact(path):
+    """(bytes, description) of an artifact whose SHA-256 matches its JSON: a graph is a program that may do anything."""
+    sidecar, advice = path.with_suffix(".json"), "delete it or use --recompile"
+    for pause in (0.1, 0.2, 0.4, 0):  # another run may be replacing the two files
         data = path.read_bytes()
         try:
             given = json.loads(sidecar.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            problem = f"{path} has no readable {sidecar.name} beside it ({error}): {advice}"
+            problem = f"{path} needs a readable {sidecar.name} ({error}): {advice}"
         else:
             if isinstance(given, dict) and given.get("sha256") == hashlib.sha256(data).hexdigest():
                 return data, given
-            problem = f"{path} is not the file that {sidecar.name} describes (its SHA-256 is another): {advice}"
+            problem = f"{path} has a SHA-256 that does not match {sidecar.name}: {advice}"
         time.sleep(pause)
-    raise ValueError(problem)
+    raise ArtifactError(problem)
 
 
-def difference(given, wanted):
-    """What the artifact was made from that is different now, in words; nothing if it can be used as it is."""
-    for key, value in wanted.items():
-        if key != "model" and given.get(key) != value:
-            opaque = key in ("weights", "code")
-            return f"the {key} changed" if opaque else f"{key} was {given.get(key)} and is {value}"
-    return ""
+def save_artifact(path, data, description):
+    description = {"sha256": hashlib.sha256(data).hexdigest()} | description
+    text = json.dumps(description, indent=2) + "\n"
+    write_files(
+        {
+            path: lambda temporary: temporary.write_bytes(data),
+            path.with_suffix(".json"): lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"),
+        }
+    )
 
 
-def hash_code(kind):
-    """SHA-256 of the source that the graph's operations come from: the module's classes, the model and the kernels."""
-    sources = [part for part in kind.__mro__ if part.__module__ == kind.__module__] + [model, kernels]
-    return hashlib.sha256("".join(map(inspect.getsource, sources)).encode()).hexdigest()
-
-
-def write_files(contents):
-    """Each file beside its place first, then all of them moved there: they are whole, or not there."""
-    parts = {path: path.with_name(f"{path.name}.{os.getpid()}.part") for path in contents}
-    try:
-        for path, part in parts.items():
-            part.write_bytes(contents[path])
-        for path, part in parts.items():
-            os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+def hash_code():
+    """SHA-256 of the source that a graph's operations come from."""
+    sources = [Path(module.__file__).read_bytes() for module in (graphs, kernels, model)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()

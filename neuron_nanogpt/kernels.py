@@ -1,15 +1,15 @@
-"""CPU-specific kernels: two that replace the model's, and the layout of the weights that they read.
+"""CPU-specific kernels that replace the model's, and the layout of the weights that they read.
 
-PyTorch's product of one row and a float32 matrix reads the weights at a third of the speed that the memory has (MKL, on
-an AMD EPYC). oneDNN's, which torch.compile uses too, is three times as fast with the weights packed in its own layout.
-For bfloat16 it needs AVX-512 or AVX-NE-CONVERT; on other CPUs PyTorch's plain product stays.
+PyTorch's product of one row and a float32 matrix reads the weights at a third of the memory's speed (MKL, on an AMD
+EPYC). oneDNN's, which torch.compile uses too, is three times as fast with the weights packed in its own layout. For
+bfloat16 it needs AVX-512 or AVX-NE-CONVERT; on other CPUs PyTorch's plain product stays.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ROWS = 16  # to pack for: for 1, oneDNN 3.x chooses a layout that is slower, by a third, even for 1
+ROWS = 16  # rows of x to pack for: for 1, oneDNN 3.x chooses a layout that is slower by a third, even for one row
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -35,11 +35,23 @@ def can_pack(dtype):
     return True
 
 
+class PackedLinear(nn.Module):
+    """nn.Linear with its weight in oneDNN's layout."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.weight = nn.Parameter(pack(plain.weight.detach()), requires_grad=False)
+        self.bias = plain.bias
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 @torch.jit.script
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
 ):
-    """model.attend, but the cache is changed where it lies, and slots that are still empty are not read."""
+    """CausalSelfAttention.attend, but the cache is updated in place and read up to the last filled position."""
     for row in range(q.shape[0]):
         slot = int(positions[row])
         keys[row, :, slot : slot + 1].copy_(k[row])
@@ -47,17 +59,18 @@ def attend(
     filled = int(positions.max()) + 1
     if q.shape[0] == 1:
         return F.scaled_dot_product_attention(q, keys[:, :, :filled], values[:, :, :filled]), keys, values
-    seen = torch.arange(filled) <= positions.view(-1, 1, 1, 1)
-    y = F.scaled_dot_product_attention(q, keys[:, :, :filled], values[:, :, :filled], attn_mask=seen)
+    visible = torch.arange(filled) <= positions.view(-1, 1, 1, 1)
+    y = F.scaled_dot_product_attention(q, keys[:, :, :filled], values[:, :, :filled], attn_mask=visible)
     return y, keys, values
 
 
 def prepare(gpt):
-    """Give a model the CPU's kernels; each packed weight replaces the plain one."""
-    packs = can_pack(gpt.wpe.weight.dtype)
-    for module in gpt.modules():
-        if isinstance(module, nn.Linear) and packs:
-            module.weight = nn.Parameter(pack(module.weight.detach()), requires_grad=False)
+    """Gives a model the CPU's kernels, in place; each packed weight replaces the plain one."""
+    if can_pack(gpt.wpe.weight.dtype):
+        for module in [*gpt.modules()]:
+            for name, child in [*module.named_children()]:
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PackedLinear(child))
     for block in gpt.h:
         block.attn.attend = attend
     return gpt

@@ -1,6 +1,6 @@
-"""GPT-2 in PyTorch, nanoGPT-style, top to bottom: config, linear, attention, MLP, block, GPT.
+"""GPT-2 in PyTorch, nanoGPT-style, top to bottom: config, attention, MLP, block, GPT.
 
-Written to be traced: shapes never depend on data, and where a text ends is a tensor. Names are Hugging Face's.
+Written to be traced: shapes never depend on data, and the length of a text is a tensor. Names are Hugging Face's.
 
 Shapes: B batch, T tokens in this call, S cache slots, C width, H heads, D = C / H, V vocabulary.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from neuron_nanogpt import kernels
+from shared.tokenizer import find_model
 
 
 @dataclass(frozen=True)
@@ -23,29 +23,12 @@ class GPTConfig:
     n_embd: int = 768
 
 
-class Linear(nn.Linear):
-    def forward(self, x):
-        if self.weight.is_mkldnn:  # what kernels.prepare left: on a CPU only
-            return kernels.linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
-
-def attend(q, k, v, keys, values, positions):
-    """Attention of one token a row to a cache: the result, and the cache [B, H, S, D] with k and v at positions."""
-    place = positions.view(-1, 1, 1, 1).expand_as(k)
-    keys, values = keys.scatter(2, place, k), values.scatter(2, place, v)
-    seen = torch.arange(keys.shape[2], device=q.device) <= positions.view(-1, 1, 1, 1)  # B, 1, 1, S
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen), keys, values
-
-
 class CausalSelfAttention(nn.Module):
-    attend = staticmethod(attend)  # kernels.prepare puts the CPU's in its place
-
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, positions=None):
         B, T, C = x.shape
@@ -57,12 +40,19 @@ class CausalSelfAttention(nn.Module):
             y, k, v = self.attend(q, k, v, *cache, positions)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)
 
+    def attend(self, q, k, v, keys, values, positions):
+        """One token a row, and a cache [B, H, S, D] of keys and values: y, and the cache with k and v at positions."""
+        index = positions.view(-1, 1, 1, 1).expand_as(k)
+        keys, values = keys.scatter(2, index, k), values.scatter(2, index, v)
+        visible = torch.arange(keys.shape[2], device=q.device) <= positions.view(-1, 1, 1, 1)  # B, 1, 1, S
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible), keys, values
+
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -77,9 +67,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, positions=None):
-        y, cache = self.attn(self.ln_1(x), cache, positions)
+        y, new_cache = self.attn(self.ln_1(x), cache, positions)
         x = x + y
-        return x + self.mlp(self.ln_2(x)), cache
+        return x + self.mlp(self.ln_2(x)), new_cache
 
 
 class GPT(nn.Module):
@@ -90,39 +80,45 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
 
     def forward(self, ids, length=None, cache=None, positions=None):
-        """Logits in float32, and each layer's keys and values [B, H, T or S, D] in one flat list.
+        """Logits in float32, and new_cache: each layer's keys and values [B, H, T or S, D] in one flat list.
 
         ids        [B, T]: whole texts, padded on the right; or, with a cache, one token a row
-        length     None for logits [B, T, V]; or [B], how long each text is, for the next token's logits [B, V]
-        cache      such a list with S slots, filled up to positions
-        positions  [B], where each row's token stands
+        length     None for logits [B, T, V]; or [B], the length of each text, for the next token's logits [B, V]
+        cache      a list like new_cache with S slots, filled up to positions
+        positions  [B], the position of each row's token
         """
         B, T = ids.shape
-        where = torch.arange(T, device=ids.device) if cache is None else positions.view(B, 1)
-        x = self.wte(ids) + self.wpe(where)  # B, T, C
-        made = []
+        position = torch.arange(T, device=ids.device) if cache is None else positions.view(B, 1)
+        x = self.wte(ids) + self.wpe(position)  # B, T, C
+        new_cache = []
         for i, block in enumerate(self.h):
-            x, layer = block(x, None if cache is None else cache[2 * i : 2 * i + 2], positions)
-            made += layer
-        if length is not None:  # no token sees a later one, so what pads the text changes nothing up to its end
+            x, keys_values = block(x, None if cache is None else cache[2 * i : 2 * i + 2], positions)
+            new_cache += keys_values
+        if length is not None:  # later tokens are not visible, so padding changes nothing up to a text's end
             x = x.gather(1, (length - 1).view(B, 1, 1).expand(B, 1, x.shape[2]))[:, 0]  # B, C
         elif cache is not None:
             x = x[:, 0]
-        return self.lm_head(self.ln_f(x)).float(), made
+        return self.lm_head(self.ln_f(x)).float(), new_cache
 
     @classmethod
     def from_pretrained(cls, model, dtype=torch.float32):
         """One of GPT-2's names, gpt2-nano, or a folder in Hugging Face's format."""
-        from neuron_nanogpt import weight_loader  # which needs GPTConfig
+        from neuron_nanogpt import weight_loader  # which imports this module
 
-        return weight_loader.load(weight_loader.find_folder(model), dtype)
+        return weight_loader.load(find_model(str(model)).folder, dtype)
+
+
+def init_cache(config, batch, dtype=torch.float32):
+    """Each layer's keys and values [B, H, S, D] in one flat list, with a slot for each position of the context."""
+    shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+    return [torch.zeros(shape, dtype=dtype) for _ in range(2 * config.n_layer)]
 
 
 def count_params(config):
-    """As published: the tied head counts once, though a model prepared for the CPU holds it twice."""
+    """As published: the tied head counts once."""
     block = 12 * config.n_embd**2 + 13 * config.n_embd
     return (config.vocab_size + config.block_size + 2) * config.n_embd + config.n_layer * block

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import isfinite
 
 from neuron_nanogpt.model import GPT, GPTConfig
-from shared.tokenizer import find_model
 
-FIXED = {  # what model.py has built in, and the values that mean the same: another would give other logits
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's are [in, out], nn.Linear's [out, in]
+
+FIXED = {  # what model.py has built in, with equivalent values; any other value would change the logits
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -21,32 +23,23 @@ FIXED = {  # what model.py has built in, and the values that mean the same: anot
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's are [in, out], nn.Linear's [out, in]
-
-
-def find_folder(model):
-    return find_model(str(model)).folder
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def read_config(folder):
+    """The GPTConfig of a checkpoint folder; a ValueError says what is wrong with config.json."""
     path = Path(folder, "config.json")
     given = read_json(path)
     for key, values in FIXED.items():
         if key in given and given[key] not in values:
             raise ValueError(f"{path}: {key} must be {' or '.join(map(repr, values))}, got {given[key]!r}")
-    config = GPTConfig(
-        block_size=given.get("n_positions", given.get("n_ctx", 1024)),
-        vocab_size=given.get("vocab_size", 50257),
-        n_layer=given.get("n_layer", 12),
-        n_head=given.get("n_head", 12),
-        n_embd=given.get("n_embd", 768),
-    )
-    for key, value in vars(config).items():
+    sizes = {"n_positions": given.get("n_ctx", 1024), "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
+    sizes = {key: given.get(key, default) for key, default in sizes.items()}
+    for key, value in sizes.items():
         most = 1000 if key == "n_layer" else 2**24
         if type(value) is not int or not 0 < value <= most:
-            name = "n_positions" if key == "block_size" else key
-            raise ValueError(f"{path}: {name} must be a whole number from 1 to {most}, got {value!r}")
+            raise ValueError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
+    config = GPTConfig(block_size=sizes.pop("n_positions"), **sizes)
     if config.n_embd % config.n_head:
         raise ValueError(f"{path}: n_embd must be a multiple of n_head ({config.n_head}), got {config.n_embd}")
     if given.get("n_inner") not in (None, 4 * config.n_embd):
@@ -65,7 +58,7 @@ def read_json(path):
 
 
 def weight_files(folder):
-    """As transformers chooses: model.safetensors, or else the shards that its index lists, and no other file."""
+    """Like transformers: model.safetensors, or else the shards that its index lists; no other file is read."""
     whole, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
     if whole.exists():
         return [whole]
@@ -81,9 +74,21 @@ def weight_files(folder):
     return [Path(folder, name) for name in names]
 
 
-def read_tensors(folder, shapes):
-    """GPT-2's tensors by name, each checked; shapes has what a GPT-2 of this config holds."""
-    tensors = {}
+def tensor_shapes(config):
+    """The tensors of a GPT-2 checkpoint in Hugging Face's layout: a linear layer's weight is [in, out]."""
+    C = config.n_embd
+    shapes = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
+    modules = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+    modules |= {"ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    for i in range(config.n_layer):
+        for module, shape in modules.items():
+            shapes |= {f"h.{i}.{module}.weight": shape, f"h.{i}.{module}.bias": shape[-1:]}
+    return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+
+
+def read_tensors(folder, config):
+    """GPT-2's tensors by name, without the prefix `transformer.`, each checked."""
+    shapes, tensors = tensor_shapes(config), {}
     for file in weight_files(folder):
         try:
             loaded = load_file(file)
@@ -92,50 +97,48 @@ def read_tensors(folder, shapes):
         for full_name, tensor in loaded.items():
             name = full_name.removeprefix("transformer.")
             if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
-                continue  # GPT-2's own files carry causal masks
+                continue  # causal masks, which GPT-2's own files hold
             if name in tensors:
                 raise ValueError(f"{file}: {full_name} is given twice")
-            shape = shapes.get("wte.weight" if name == "lm_head.weight" else name)
-            if shape is None:
-                raise ValueError(f"{file}: {full_name} is not a tensor of this GPT-2")
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{file}: {full_name} must have shape {shape}, got {tuple(tensor.shape)}")
-            if tensor.dtype not in FLOATS:
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(f"{file}: {full_name} must be floating-point, got {dtype}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{file}: {full_name} holds NaN or infinity")
+            check_tensor(f"{file}: {full_name}", tensor, shapes.get("wte.weight" if name == "lm_head.weight" else name))
             tensors[name] = tensor
     if missing := [name for name in shapes if name not in tensors]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(f"{folder} lacks {len(missing)} tensors: {names}")
     head = tensors.pop("lm_head.weight", tensors["wte.weight"])
-    if not torch.equal(head, tensors["wte.weight"]):
+    if not (head == tensors["wte.weight"]).all():
         raise ValueError(f"{folder}: lm_head.weight must equal wte.weight, as tie_word_embeddings says")
     return tensors
+
+
+def check_tensor(name, tensor, shape):
+    if shape is None:
+        raise ValueError(f"{name} is not a tensor of this GPT-2")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} must be floating-point, got {dtype}")
+    if not isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinity")
 
 
 def load(folder, dtype=torch.float32):
     """The GPT in a checkpoint's folder, in dtype, in eval mode; a ValueError says what is wrong with the folder."""
     config = read_config(folder)
-    with torch.device("meta"):  # the shapes alone: nothing is drawn at random to be thrown away
-        gpt = GPT(config)
-    expected = {name: tensor.shape for name, tensor in gpt.state_dict().items() if name != "lm_head.weight"}
-    shapes = {
-        name: tuple(shape[::-1] if name.endswith(TRANSPOSED) else shape)  # Hugging Face's
-        for name, shape in expected.items()
-    }
     state = {}
-    for name, tensor in read_tensors(folder, shapes).items():
+    for name, tensor in read_tensors(folder, config).items():
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
         state[name] = tensor.to(dtype).contiguous()
+    with torch.device("meta"):  # shapes alone: no random weights are drawn
+        gpt = GPT(config)
     gpt.load_state_dict(state | {"lm_head.weight": state["wte.weight"]}, assign=True)
     gpt.lm_head.weight = gpt.wte.weight
     return gpt.requires_grad_(False).eval()
 
 
 def fingerprint(folder):
-    """SHA-256 of the files that define the weights, the shards' index among them."""
+    """SHA-256 of the files that define the weights, including the index of the shards."""
     files = [Path(folder, "config.json"), *weight_files(folder)]
     if not Path(folder, "model.safetensors").exists():
         files.insert(1, Path(folder, "model.safetensors.index.json"))

@@ -1,31 +1,47 @@
-"""Whose QEFFAutoModelForCausalLM it is: QEfficient's where a card answers, else auto_model.py's. Decided here alone.
+"""Chooses QEFFAutoModelForCausalLM: QEfficient's if a card is ready, else the one of auto_model.py.
 
-from qaic_gpt2.backend import QEFFAutoModelForCausalLM     # a card's where one answers
+from qaic_gpt2.backend import QEFFAutoModelForCausalLM     # QEfficient's if a card is ready
 cls = choose("cpu")                                        # or by name: auto, cpu, qaic
 """
 
 import importlib
 import platform
 import subprocess
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-NAMES = ("auto", "cpu", "qaic")
+DEVICES = ("auto", "cpu", "qaic")
 SDK = Path("/opt/qti-aic")
 SDK_PAGE = "https://quic.github.io/cloud-ai-sdk-pages"
 
 
+class CardError(RuntimeError):
+    """An error of QEfficient, its compiler or the card, in one line."""
+
+
+@contextmanager
+def card_errors(device):
+    """Around QEfficient's own calls: on a card their errors become a CardError; on a CPU nothing changes."""
+    try:
+        yield
+    except (RuntimeError, ImportError) as error:  # such as the compiler's words, for another version of the SDK
+        if device == "cpu":
+            raise
+        raise CardError(f"QEfficient: {' '.join(str(error).split())}") from error
+
+
 def missing():
-    """What a run on a card lacks here, and what to do about it; None where a card answers."""
+    """What a run on a card lacks, and how to install it; None if a card is ready."""
     if find_spec("QEfficient") is None:
         return "QEfficient is not installed: pip install -r requirements.txt"
     if not (SDK / "exec/qaic-compile").is_file():
-        return f"{SDK}/exec/qaic-compile is not there: install the Cloud AI Apps SDK, {SDK_PAGE}"
+        return f"{SDK}/exec/qaic-compile is missing: install the Cloud AI Apps SDK, {SDK_PAGE}"
     library = SDK / "dev/lib" / platform.machine()
     if find_spec("qaicrt") is None and not any(library.glob("qaicrt*")):
-        return f"{library} holds no qaicrt: install the Cloud AI Platform SDK, {SDK_PAGE}"
+        return f"{library} has no qaicrt: install the Cloud AI Platform SDK, {SDK_PAGE}"
     try:
         listed = subprocess.run([SDK / "tools/qaic-util", "-q"], capture_output=True, encoding="utf-8", timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -36,15 +52,15 @@ def missing():
 
 
 def choose_device(name="auto"):
-    """(cpu or qaic, why): a card asked for by name and not to be had is an error, never a run on the CPU."""
-    if name not in NAMES:
-        raise ValueError(f"device must be {', '.join(NAMES[:-1])} or {NAMES[-1]}, got {name}")
-    lack = missing() if name != "cpu" else None
+    """(cpu or qaic, why). A card that is requested by name and missing is an error, never a run on the CPU."""
+    if name not in DEVICES:
+        raise ValueError(f"--device must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, got {name!r}")
+    if name == "cpu":
+        return "cpu", "as requested"
+    lack = missing()
     if name == "qaic" and lack:
-        raise ValueError(f"device must be auto or cpu here, got qaic: {lack}")
-    if name == "cpu" or lack:
-        return "cpu", "no Cloud AI 100 found" if lack else "as asked"
-    return "qaic", "a card is ready"
+        raise ValueError(f"--device must be auto or cpu here, got qaic: {lack}")
+    return ("cpu", "no Cloud AI 100 found") if lack else ("qaic", "a card is ready")
 
 
 def choose(name="auto"):
@@ -61,8 +77,8 @@ def describe(device, why):
     return f"cpu: {ENGINE}, {why}"
 
 
-def card_logits(qpc_path, prompts):
-    """The logits behind each prompt, lists of ids, from a card: by the session that QEfficient's generate runs."""
+def card_logits(qpc_path, rows):
+    """The logits after each row of ids from a card, through the session that QEfficient's generate uses."""
     from QEfficient.generation.cloud_infer import QAICInferenceSession
 
     from qaic_gpt2.runtime import prefill
@@ -73,10 +89,10 @@ def card_logits(qpc_path, prompts):
     shapes = [{name: shape[place[name]][1] for name in ("input_ids", "logits")} for shape in session.allowed_shapes]
     session.set_buffers({"logits": np.zeros(shapes[0]["logits"], np.float32)})
 
-    def program(ids, positions):
+    def run(ids, positions):
         return session.run({"input_ids": ids, "position_ids": positions})["logits"][:, 0]
 
-    return prefill(program, prompts, max(shape["input_ids"][1] for shape in shapes))
+    return prefill(run, rows, max(shape["input_ids"][1] for shape in shapes))
 
 
 def __getattr__(name):

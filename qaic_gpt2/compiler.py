@@ -1,11 +1,11 @@
-"""From the exported graph to an artifact: what qaic-compile would be given, and the program that a CPU runs.
+"""From the exported graph to an artifact: the inputs of qaic-compile, and the program that a CPU runs.
 
 qpc-0123456789abcdef/
     specializations.json   the two shapes of the graph, prefill and decode
     custom_io.yaml         the cache's type on the card
-    program.onnx           the graph as onnxruntime optimized it; its weights are the export's model.onnx.data
-    model.onnx.data        in int8 only: weights of its own, a quarter of the export's
-    compile.json           what it was made with, and the SHA-256 of all that runs
+    program.onnx           the graph as onnxruntime optimized it, with the export's model.onnx.data for its weights
+    model.onnx.data        in int8 only: its own weights, a quarter of the export's
+    compile.json           its settings, and the SHA-256 of everything that runs
 """
 
 import json
@@ -20,14 +20,14 @@ from qaic_gpt2.files import sha256
 from qaic_gpt2.quantizer import QUANTIZED, quantize
 
 PROGRAM, SIDECAR = "program.onnx", "compile.json"
-SCRATCH = "scratch.data"  # gone when all is done
+SCRATCH = "scratch.data"  # onnxruntime's copy of the weights, removed at the end
 SPECIALIZATIONS, CUSTOM_IO = "specializations.json", "custom_io.yaml"
 
 
 def specializations(batch_size, prefill_seq_len, ctx_len):
     """In the form that qaic-compile's -network-specialization-config documents: every value a string."""
     shapes = {"Prefill": prefill_seq_len}
-    if prefill_seq_len != 1:  # else both are the same program
+    if prefill_seq_len != 1:  # otherwise both are the same program
         shapes["Decode"] = 1
     sizes = {"batch_size": str(batch_size), "ctx_len": str(ctx_len)}
     entries = [{"name": name, "symbols": sizes | {"seq_len": str(length)}} for name, length in shapes.items()]
@@ -35,54 +35,57 @@ def specializations(batch_size, prefill_seq_len, ctx_len):
 
 
 def custom_io(names, kind):
-    """In the form of qaic-compile's -custom-IO-list-file: the type of each cache, on its way in and out."""
+    """In the form of qaic-compile's -custom-IO-list-file: the type of each cache, as an input and as an output."""
     both = [name for cache in names for name in (cache, retained(cache))]
     return "".join(f" - IOName: {name}\n   Precision: {kind}\n\n" for name in both)
 
 
 def cache_inputs(graph):
-    """The names of a graph's caches; a ValueError for a graph that is not of QEfficient's form."""
+    """The names of a graph's cache inputs; a ValueError if the graph does not have QEfficient's form."""
     inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
     names = [name for name in inputs if name not in ("input_ids", "position_ids")]
     if inputs[:1] != ["input_ids"] or "position_ids" not in inputs or outputs != ["logits", *map(retained, names)]:
         raise ValueError(
-            "onnx_path is a graph with other inputs and outputs than QEfficient's: input_ids, position_ids, "
-            "past_key.0, ... and logits, past_key.0_RetainedState, ..."
+            "onnx_path must be a graph with QEfficient's inputs (input_ids, position_ids, past_key.0, ...) and outputs "
+            "(logits, past_key.0_RetainedState, ...)"
         )
     return names
 
 
-def compile(exported, folder, sizes, mxint8_kv_cache, int8_matmul, record):
-    """Writes the artifact into folder. sizes: batch_size, prefill_seq_len, ctx_len; record: what else to note down."""
+def compile(exported, folder, record):
+    """Writes the artifact into folder. record: its settings, for SIDECAR."""
     names = cache_inputs(onnx.load(exported, load_external_data=False).graph)
-    program = optimize(quantize(exported, folder) if int8_matmul else exported, folder)
+    int8, mxint8 = record["int8_matmul"], record["for_the_card"]["mxint8_kv_cache"]
+    program = optimize(quantize(exported, folder) if int8 else exported, folder)
     check_in_place(program.graph, names)
     onnx.save(program, folder / PROGRAM)
-    (folder / SPECIALIZATIONS).write_text(json.dumps(specializations(**sizes), indent=4), encoding="utf-8")
-    (folder / CUSTOM_IO).write_text(custom_io(names, "mxint8" if mxint8_kv_cache else "float16"), encoding="utf-8")
-    weights = folder if int8_matmul else exported.parent
-    read = {weights / name for name in map(location, program.graph.initializer) if name}
-    hashes = {os.path.relpath(path, folder): sha256(path) for path in sorted({*folder.iterdir()} | read)}
-    record |= {"weights": os.path.relpath(weights, folder), "sha256": hashes}
+    shapes = json.dumps(specializations(**record["sizes"]), indent=4)
+    (folder / SPECIALIZATIONS).write_text(shapes, encoding="utf-8")
+    (folder / CUSTOM_IO).write_text(custom_io(names, "mxint8" if mxint8 else "float16"), encoding="utf-8")
+    weights = folder if int8 else exported.parent
+    files = {*folder.iterdir()} | {weights / name for name in map(location, program.graph.initializer) if name}
+    hashes = {os.path.relpath(path, folder): sha256(path) for path in sorted(files)}
+    record = record | {"weights": os.path.relpath(weights, folder), "sha256": hashes}
     (folder / SIDECAR).write_text(json.dumps(record, indent=4) + "\n", encoding="utf-8")
 
 
 def optimize(onnx_path, folder):
-    """The graph as onnxruntime optimizes it; its weights stay where they are.
+    """The graph as onnxruntime optimizes it; its weights stay in the file that it refers to.
 
-    onnxruntime writes all weights anew. Those that it left as they were are told by their names, and refer to their
-    first place again; what it made itself, small constants, becomes a part of the graph.
+    onnxruntime writes a copy of all weights. A weight that kept its name refers to its first file again; what it
+    computed itself, small constants, becomes a part of the graph.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # beyond: for one CPU
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # more is for one CPU
     options.optimized_model_filepath = str(folder / PROGRAM)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", SCRATCH)
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         onnxruntime.InferenceSession(onnx_path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has kinds of its own, for a full disk too
-        raise ValueError(f"{onnx_path} cannot be compiled: {' '.join(str(error).split())}") from None
+    except Exception as error:  # onnxruntime has its own classes, for a full disk too
+        kind = OSError if "Failed to write" in str(error) else ValueError
+        raise kind(f"{onnx_path} cannot be compiled: {' '.join(str(error).split())}") from None
     given = {tensor.name: tensor for tensor in onnx.load(onnx_path, load_external_data=False).graph.initializer}
     program = onnx.load(folder / PROGRAM, load_external_data=False)
     for tensor in program.graph.initializer:
@@ -98,8 +101,8 @@ def optimize(onnx_path, folder):
 
 
 def check_in_place(graph, names):
-    """A cache's input and output are one memory at run time: only a scatter from one to the other may read it."""
+    """A cache's input and output share memory at run time: only a ScatterND from one to the other may read it."""
     for name in names:
         readers = [node for node in graph.node if name in node.input and node.op_type != "Shape"]
         if [(node.op_type, *node.output) for node in readers] != [("ScatterND", retained(name))]:
-            raise ValueError(f"onnx_path is a graph that reads {name} by more than one ScatterND: no CPU runs it here")
+            raise ValueError(f"onnx_path must be a graph that reads {name} by one ScatterND alone")

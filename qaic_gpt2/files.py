@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Atomic file writes: a file or a folder has all of its content or does not exist."""
 
 import hashlib
 import os
@@ -7,10 +7,38 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
+
+class RefusedError(ValueError):
+    """A checkpoint or an artifact on disk cannot be used: one line for the user, who can repair or remove it."""
+
+
+def write_file(path, write):
+    """write(temporary path), which then replaces path; an OSError names path and the reason."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_dump(path, prompt, tokens, logits):
+    """--dump FILE.npz: prompt_ids, tokens, and the float32 logits that each token was drawn from."""
+
+    def write(temporary):
+        with temporary.open("wb") as file:  # np.savez would add .npz to a path
+            np.savez(file, prompt_ids=np.array(prompt), tokens=np.array(tokens), logits=np.array(logits))
+
+    write_file(path, write)
+
 
 @contextmanager
-def written_beside(path):
-    """A temporary folder beside path, which takes its place when all is written; one that came first stays."""
+def write_folder(path):
+    """Yields a temporary folder, which then becomes path; if another process was faster, its folder stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -25,18 +53,6 @@ def written_beside(path):
         raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_file(path, write):
-    """write(temporary path), which then takes the place of path; an OSError names path, and what is the matter."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sha256(path):

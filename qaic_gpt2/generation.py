@@ -1,18 +1,19 @@
-"""From prompts to texts on a compiled program, timed as QEfficient times it."""
+"""From prompts to texts on a compiled program: the loop over tokens, and QEfficient's statistics."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 
-from shared.tokenizer import Stream, byte_of_character
+from shared.sampling import Sampler
+from shared.tokenizer import Stream, byte_of_character, encode_prompt
 
 
 @dataclass
 class PerfMetrics:
-    prefill_time: float  # s, with tokenizing: the time to the first token
+    prefill_time: float  # s, tokenizing included: the time to the first token
     decode_perf: float  # tokens/s of one row, from the second token on
-    total_perf: float
+    total_perf: float  # tokens/s of one row, over total_time
     total_time: float  # s
 
 
@@ -22,9 +23,9 @@ class ExecInfo:
 
     batch_size: int
     generated_texts: list  # a list of texts for each batch
-    generated_ids: list  # an array (batch, ctx_len) for each batch, behind a text <|endoftext|> (-1 without one)
+    generated_ids: list  # an array (batch, ctx_len) for each batch, filled up with <|endoftext|> (-1 without one)
     perf_metrics: PerfMetrics
-    logits: list = field(default_factory=list, repr=False)  # with return_logits: a list of rows for each text
+    logits: list = field(default_factory=list, repr=False)  # with return_logits: an array (tokens, V) for each text
 
     def __str__(self):
         perf = self.perf_metrics
@@ -36,8 +37,19 @@ class ExecInfo:
         )
 
 
-class Bytes:
-    """What a Stream asks of a tokenizer, from one of Hugging Face's: they spell bytes as GPT-2's files do."""
+@dataclass
+class Options:
+    """generate's keywords."""
+
+    generation_len: int | None = None  # None: to the end of the context
+    sampler: Sampler = field(default_factory=lambda: Sampler(temperature=0))
+    ignore_eos: bool = False
+    stream: bool = True
+    return_logits: bool = False
+
+
+class HuggingFaceBytes:
+    """Hugging Face's tokenizer as one of shared.tokenizer: its tokens spell bytes as GPT-2's files do."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.byte_of = tokenizer, byte_of_character()
@@ -47,72 +59,81 @@ class Bytes:
         return bytes(self.byte_of[char] for char in self.tokenizer.convert_ids_to_tokens(int(id)))
 
 
-def encode(tokenizer, prompt):
-    """The prompt's ids; <|endoftext|> begins a text without a prompt, as in GPT-2's training."""
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
-    if ids == [None]:
-        raise ValueError("prompt must not be empty: this model has no <|endoftext|>")
-    return ids
+def batches(prompts, batch_size):
+    """Whole batches, by QEfficient's rule: too few prompts are repeated, an incomplete last batch is dropped."""
+    count, rest = len(prompts), len(prompts) % batch_size
+    if count < batch_size:
+        print(f"{count} prompts are fewer than the batch_size of {batch_size}: they are repeated")
+        return [[prompts[i % count] for i in range(batch_size)]]
+    if rest:
+        print(f"{count} prompts are not a multiple of the batch_size of {batch_size}: the last {rest} are dropped")
+    return [prompts[start : start + batch_size] for start in range(0, count - rest, batch_size)]
 
 
-def fix_prompts(prompts, batch_size):
-    """As many as fill batches, by QEfficient's rule: too few are repeated, what fills no last batch is dropped."""
-    if len(prompts) < batch_size:
-        print(f"{len(prompts)} prompts are fewer than the batch_size of {batch_size}: they are repeated")
-        return [prompts[i % len(prompts)] for i in range(batch_size)]
-    if left := len(prompts) % batch_size:
-        print(f"{len(prompts)} prompts are no multiple of the batch_size of {batch_size}: the last {left} are dropped")
-    return prompts[: len(prompts) - left]
+def check_context(rows, ctx_len):
+    if (longest := max(map(len, rows))) > ctx_len:
+        raise ValueError(f"prompt must have at most ctx_len ({ctx_len}) tokens, got {longest}")
 
 
-def generate_batch(session, tokenizer, prompts, generation_len, sampler, ignore_eos, stream, return_logits):
-    """One prompt a row, to generation_len or the context's end, or until all rows came to theirs."""
-    began = time.perf_counter()
-    prompts = [encode(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, prompts))
-    room = session.ctx_len - longest + 1  # the last position predicts a token, too
-    if room < 1:
-        raise ValueError(f"prompt must have at most ctx_len ({session.ctx_len}) tokens, got {longest}")
-    if (largest := max(map(max, prompts))) >= (vocab_size := session.logits.shape[2]):
-        raise ValueError(f"prompt must have tokens below vocab_size ({vocab_size}), got {largest}")
-    count, end = min(generation_len or room, room), None if ignore_eos else tokenizer.eot
-    texts, shown = [[] for _ in prompts], Stream(tokenizer)  # ids
-    rows = [[] for _ in prompts]
-    over = np.zeros(len(prompts), bool)
-    positions = np.array([[len(prompt)] for prompt in prompts])
-    logits, first = session.prefill(prompts), None
-    for left in reversed(range(count)):
-        tokens = sampler(logits)
-        first = first or time.perf_counter()
-        for row in np.flatnonzero(~over):
-            texts[row].append(int(tokens[row]))
-            if return_logits:
-                rows[row].append(logits[row].copy())
-        if stream and not over[0] and tokens[0] != end:
-            print(shown.push(texts[0][-1]), end="", flush=True)
-        over |= tokens == end
-        if left == 0 or over.all():
+def generate_batch(session, tokenizer, prompts, options):
+    """One prompt a row -> their ExecInfo. A row's text ends with <|endoftext|>, the batch with its last text."""
+    times_s = [time.perf_counter()]
+    rows = [encode_prompt(tokenizer, prompt, session.vocab_size) for prompt in prompts]
+    check_context(rows, session.ctx_len)
+    room = session.ctx_len - max(map(len, rows)) + 1  # the last position, too, predicts a token
+    end, stream = None if options.ignore_eos else tokenizer.eot, Stream(tokenizer)
+    tokens, kept, ended = [], [], np.zeros(len(rows), bool)
+    for step in range(min(options.generation_len or room, room)):
+        logits = session.decode(tokens[-1]) if step else session.prefill(rows)  # B, V
+        tokens.append(options.sampler(logits))  # B
+        times_s.append(time.perf_counter())
+        if options.return_logits:
+            kept.append(logits.copy())
+        ended |= tokens[-1] == end
+        if options.stream and not ended[0]:
+            print(stream.push(tokens[-1][0]), end="", flush=True)
+        if ended.all():
             break
-        logits = session(tokens[:, None], positions)
-        positions += 1
-    done = time.perf_counter()
-    if stream:
-        print(shown.end())
-        if count == room != generation_len and not over.all():
+    if options.stream:
+        print(stream.end())
+        if len(tokens) == room != options.generation_len and not ended.all():
             print(f"(the end of the context: {session.ctx_len} tokens)")
-    ids = np.full((len(prompts), session.ctx_len), -1 if tokenizer.eot is None else tokenizer.eot)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = text
-    decoded = count - left - 1  # the first token came of the prompt
-    rates = [decoded / (done - since) if decoded else 0.0 for since in (first, began)]
-    metrics = PerfMetrics(first - began, *rates, done - began)
-    texts = [decode(tokenizer, [id for id in text if id != end]) for text in texts]
-    return ExecInfo(len(prompts), texts, ids, metrics, rows if return_logits else [])
+    ids = [cut(row, end) for row in np.stack(tokens, axis=1)]
+    texts = [decode(tokenizer, row[row != end]) for row in ids]
+    logits = [row[: len(own)] for row, own in zip(np.stack(kept, axis=1), ids, strict=True)] if kept else []
+    return ExecInfo(len(ids), texts, padded(ids, session.ctx_len, tokenizer.eot), perf_metrics(times_s), logits)
+
+
+def cut(ids, end):
+    """The ids up to the first end, which is included."""
+    found = np.flatnonzero(ids == end)
+    return ids[: found[0] + 1] if len(found) else ids
+
+
+def padded(rows, ctx_len, eot):
+    ids = np.full((len(rows), ctx_len), -1 if eot is None else eot)
+    for row, own in zip(ids, rows, strict=True):
+        row[: len(own)] = own
+    return ids
 
 
 def decode(tokenizer, ids):
     stream = Stream(tokenizer)
     return "".join(map(stream.push, ids)) + stream.end()
+
+
+def perf_metrics(times_s):
+    """times_s: the start, then the time of each token. The first token comes from prefill, and no rate counts it."""
+    start, first, last, decoded = times_s[0], times_s[1], times_s[-1], len(times_s) - 2
+    rates = [decoded / (last - since) if decoded else 0.0 for since in (first, start)]
+    return PerfMetrics(first - start, *rates, last - start)
+
+
+def join(infos):
+    """One ExecInfo of all batches, with the means of their metrics."""
+    metrics = PerfMetrics(*np.mean([astuple(info.perf_metrics) for info in infos], axis=0).tolist())
+    texts, ids = [info.generated_texts for info in infos], [info.generated_ids for info in infos]
+    return ExecInfo(infos[0].batch_size, texts, ids, metrics, [rows for info in infos for rows in info.logits])
 
 
 def print_stats(info):

@@ -1,13 +1,13 @@
-"""GPT-2 as the card wants it: fixed shapes, and the cache of keys and values as inputs and outputs.
+"""GPT-2 for a Cloud AI 100 card: fixed shapes, and the KV cache as inputs and outputs of one graph.
 
-A compiled program knows no growing tensors. So the cache has all its ctx_len slots from the start, each new key and
-value is scattered into the slot of its position, and the mask is made from the positions: a query sees the slots up to
-its own. The card keeps the output `past_key.0_RetainedState` and gives it back as the next call's input `past_key.0`.
+A compiled program has no growing tensors. The cache has all of its ctx_len slots from the start, each new key and value
+is scattered into the slot of its position, and the mask is computed from the positions: a query attends to the slots up
+to its own. The card keeps the output `past_key.0_RetainedState` and feeds it to the next call as `past_key.0`.
 
-One graph serves both programs, prefill (seq_len tokens at once, right-padded, position -1) and decode (one token).
-The numbers must hold in float16, the card's arithmetic: the mask is a finite -10000, and not -inf or float32's least.
+One graph serves both programs, prefill (many tokens, right-padded with position -1) and decode (one token). All numbers
+are finite in float16, the card's arithmetic: a masked score is -10000, not -inf or the least float32.
 
-    B batch  S tokens of this call  T ctx_len slots  H heads  D head size  C = H * D  V vocabulary
+    B batch  T tokens of this call  S cache slots (ctx_len)  H heads  D head size  C = H * D  V vocabulary
 """
 
 import math
@@ -16,30 +16,34 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-MASKED = -1e4  # e**-1e4 is 0 in any format, and -1e4 + a score is finite in float16
+MASKED = -1e4  # exp(-1e4) is 0 in every format, and -1e4 + a score is finite in float16
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    n_positions: int = 1024
+    block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
 
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
 
-    def cache_shape(self, batch_size, ctx_len):
-        return batch_size, self.n_head, ctx_len, self.head_dim
+def init_cache(config, batch, ctx_len, dtype=torch.float32):
+    """An empty cache: key and value of the first layer, of the second, ... (B, H, S, D) each."""
+    shape = batch, config.n_head, ctx_len, config.n_embd // config.n_head
+    return [torch.zeros(shape, dtype=dtype) for _ in range(2 * config.n_layer)]
+
+
+def count_params(config):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
 
 
 class Scatter(torch.autograd.Function):
-    """cache with rows written at places; exported as one ScatterND, which onnxruntime can do in place."""
+    """The cache with new rows at places; exported as one ScatterND, which onnxruntime can do in place."""
 
     @staticmethod
-    def forward(ctx, cache, places, rows):  # (B, H, T, D), (B, H, S, 3), (B, H, S, D)
+    def forward(ctx, cache, places, rows):  # (B, H, S, D), (B, H, T, 3), (B, H, T, D)
         return cache.index_put(places.unbind(-1), rows)
 
     @staticmethod
@@ -48,7 +52,7 @@ class Scatter(torch.autograd.Function):
 
 
 class TimesTransposed(torch.autograd.Function):
-    """x @ table.T, exported as one Gemm: the exporter would store the transposed table beside the table."""
+    """x @ table.T, exported as one Gemm: the exporter would store a transposed copy of the table."""
 
     @staticmethod
     def forward(ctx, x, table):  # (B, C), (V, C)
@@ -60,7 +64,7 @@ class TimesTransposed(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """Hugging Face's layout, (in, out): what MatMul reads from first to last."""
+    """A linear layer whose weight is [in, out], as in Hugging Face's GPT-2 checkpoints."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -71,24 +75,24 @@ class Linear(nn.Module):
         return torch.addmm(self.bias, x, self.weight)
 
 
-class Attention(nn.Module):
+class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, places, hidden, past_key, past_value):
-        B, H, S, _ = places.shape
-        D = self.config.head_dim
-        qkv = self.c_attn(x).view(B, S, 3, H, D).permute(2, 0, 3, 1, 4)  # 3, B, H, S, D
-        query, key, value = qkv[0], qkv[1], qkv[2]
-        keys = Scatter.apply(past_key, places, key)  # B, H, T, D
-        values = Scatter.apply(past_value, places, value)
-        scores = (query / math.sqrt(D)) @ keys.transpose(2, 3)  # B, H, S, T
-        weights = scores.masked_fill(hidden, MASKED).softmax(dim=-1)
-        mixed = (weights @ values).transpose(1, 2).reshape(-1, H * D)  # B * S, C
-        return self.c_proj(mixed), keys, values
+    def forward(self, x, places, visible, past_key, past_value):
+        B, _, T, _ = places.shape
+        H, D = self.n_head, self.head_size
+        qkv = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # 3, B, H, T, D
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        k = Scatter.apply(past_key, places, k)  # B, H, S, D
+        v = Scatter.apply(past_value, places, v)
+        scores = (q / math.sqrt(D)) @ k.transpose(2, 3)  # B, H, T, S
+        weights = torch.where(visible, scores, MASKED).softmax(dim=-1)
+        y = (weights @ v).transpose(1, 2).reshape(B * T, H * D)  # B * T, C
+        return self.c_proj(y), k, v
 
 
 class MLP(nn.Module):
@@ -99,7 +103,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)
-        # GPT-2's GELU, spelled as onnxruntime recognises it; in float16 what overflows here ends in tanh, at 1 or -1
+        # GPT-2's GELU in the form that onnxruntime fuses; a float16 overflow in the cube ends in tanh as 1 or -1
         x = x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
         return self.c_proj(x)
 
@@ -108,47 +112,46 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, places, hidden, past_key, past_value):
-        mixed, keys, values = self.attn(self.ln_1(x), places, hidden, past_key, past_value)
-        x = x + mixed
-        return x + self.mlp(self.ln_2(x)), keys, values
+    def forward(self, x, places, visible, past_key, past_value):
+        y, *new_cache = self.attn(self.ln_1(x), places, visible, past_key, past_value)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), *new_cache
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # from_pretrained: Embedding alone would draw random numbers, and import half of torch for it
+        # from_pretrained: nn.Embedding(...) would draw random numbers, and import half of torch for it
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd))
-        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd))
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd))
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def forward(self, input_ids, position_ids, *past):
-        """input_ids, position_ids (B, S), past: key and value of each layer (B, H, T, D)
-        -> logits (B, 1, V) behind each row's largest position, and the new past."""
-        (B, S), T, C = input_ids.shape, past[0].shape[2], self.config.n_embd
-        # padding goes to the last slot, which a later token overwrites; no row that fills the cache is padded (prefill)
-        slots = torch.where(position_ids < 0, T - 1, position_ids)
-        places = self._places(slots)
-        hidden = (torch.arange(T) > position_ids[:, :, None])[:, None]  # B, 1, S, T
-        x = (self.wte(input_ids) + self.wpe(position_ids.clamp(min=0))).view(B * S, C)
-        retained = []
-        for block, key, value in zip(self.h, past[::2], past[1::2], strict=True):
-            x, *kept = block(x, places, hidden, key, value)
-            retained += kept
-        last = x.view(B, S, C)[torch.arange(B), position_ids.argmax(1)]  # B, C: the head is a third of GPT-2's weights
+    def forward(self, input_ids, position_ids, *cache):
+        """input_ids and position_ids (B, T), init_cache's tensors
+        -> logits (B, 1, V) after each row's last position, and the new cache."""
+        (B, T), S, C = input_ids.shape, cache[0].shape[2], self.config.n_embd
+        # padding goes to the last slot, which a later token overwrites; prefill pads no row that fills the cache
+        places = self._places(torch.where(position_ids < 0, S - 1, position_ids))
+        visible = (torch.arange(S) <= position_ids[:, :, None])[:, None]  # B, 1, T, S
+        x = (self.wte(input_ids) + self.wpe(position_ids.clamp(min=0))).view(B * T, C)
+        new_cache = []
+        for block, past_key, past_value in zip(self.h, cache[::2], cache[1::2], strict=True):
+            x, *layer_cache = block(x, places, visible, past_key, past_value)
+            new_cache += layer_cache
+        last = x.view(B, T, C)[torch.arange(B), position_ids.argmax(1)]  # B, C: the head is a third of GPT-2's weights
         logits = TimesTransposed.apply(self.ln_f(last), self.wte.weight)  # B, V
-        return logits[:, None].float(), *retained
+        return logits[:, None].float(), *new_cache
 
     def _places(self, slots):
-        """(B, S) -> (B, H, S, 3): batch, head and slot of each new key and value, once for all layers."""
-        B, S = slots.shape
+        """(B, T) -> (B, H, T, 3): batch, head and slot of each new key and value, computed once for all layers."""
+        B, T = slots.shape
         H = self.config.n_head
-        batch = torch.arange(B)[:, None, None].expand(B, H, S)
-        head = torch.arange(H)[None, :, None].expand(B, H, S)
-        return torch.stack([batch, head, slots[:, None].expand(B, H, S)], dim=-1)
+        batch = torch.arange(B)[:, None, None].expand(B, H, T)
+        head = torch.arange(H)[None, :, None].expand(B, H, T)
+        return torch.stack([batch, head, slots[:, None].expand(B, H, T)], dim=-1)

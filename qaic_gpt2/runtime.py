@@ -1,7 +1,7 @@
-"""The compiled program in onnxruntime: what the card's runtime does, on a CPU.
+"""The compiled program in onnxruntime: on a CPU, what the card's runtime does on a card.
 
 All arrays are bound once, by their addresses. A cache's input and output are the same memory: the ScatterND between
-them then writes its rows in place, and nothing copies a cache, neither between two calls nor in one.
+them writes its rows in place, so that no cache is ever copied, neither between two calls nor in one.
 """
 
 import hashlib
@@ -14,100 +14,114 @@ import onnx
 import onnxruntime
 
 from qaic_gpt2.compiler import PROGRAM, SIDECAR, SPECIALIZATIONS
-from qaic_gpt2.files import sha256
+from qaic_gpt2.exporter import retained
+from qaic_gpt2.files import RefusedError, sha256
 
 ENGINE = f"onnxruntime {onnxruntime.__version__}"
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def read(folder):
-    """(program, the folder of its weights) of an artifact whose files are those that compile noted; a ValueError for
-    others."""
+    """(program, the folder of its weights) of an artifact; a RefusedError if a file differs from what compile wrote."""
     try:
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         program, noted, weights = (folder / PROGRAM).read_bytes(), dict(sidecar["sha256"]), folder / sidecar["weights"]
         hashes = {name: sha256(folder / name) for name in {*noted, SPECIALIZATIONS}}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder} is no artifact that can be read ({error}): remove it, to compile anew") from None
-    hashes[PROGRAM] = hashlib.sha256(program).hexdigest()  # of what will run, and not of what lies there later
+        raise RefusedError(f"{folder} cannot be read ({error}): remove it to recompile") from None
+    hashes[PROGRAM] = hashlib.sha256(program).hexdigest()  # of the bytes that will run; the file may change
     if wrong := sorted(name for name, value in hashes.items() if value != noted.get(name)):
-        raise ValueError(f"{folder}: {wrong[0]} is not what was compiled (SHA-256): remove the folder, to compile anew")
+        raise RefusedError(f"{folder}: SHA-256 of {wrong[0]} does not match {SIDECAR}: remove it to recompile")
     return program, weights
 
 
 def casts_float16(graph):
-    """Whether onnxruntime computes in float32 what is float16, as it does where it has no kernels for this CPU."""
+    """Whether onnxruntime computes float16 in float32, as it does if it has no float16 kernels for this CPU."""
     half = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
     return any(node.op_type == "Cast" and node.input[0] in half for node in graph.node)
 
 
 class Session:
-    """program(ids, positions) -> logits; the cache is kept from call to call."""
+    """A compiled program and its KV cache: prefill(rows), then decode(tokens) for one token a row at a time."""
 
     def __init__(self, folder):
         folder = Path(folder)
         program, self.weights = read(folder)
         self.casts_float16 = casts_float16(onnx.load_from_string(program).graph)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
-        # threads wait asleep: on idle cores as fast as spinning, beside other work 21 ms a token where that takes 37
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # compile did it
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.weights))
-        self.session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
+        self.session = start(program, self.weights)
         shapes = json.loads((folder / SPECIALIZATIONS).read_text(encoding="utf-8"))["specializations"]
-        sizes = {shape["name"]: {key: int(value) for key, value in shape["symbols"].items()} for shape in shapes}
-        self.batch_size, self.ctx_len, self.prefill_seq_len = (
-            sizes["Prefill"][key] for key in ("batch_size", "ctx_len", "seq_len")
-        )
-        inputs = {value.name: value for value in self.session.get_inputs()}
-        self.caches = {
-            name: np.zeros((self.batch_size, value.shape[1], self.ctx_len, value.shape[3]), NUMPY[value.type])
-            for name, value in inputs.items()
-            if name.startswith("past_")
+        sizes = {name: int(value) for name, value in shapes[0]["symbols"].items()}  # of Prefill
+        self.batch_size, self.ctx_len, self.prefill_seq_len = sizes["batch_size"], sizes["ctx_len"], sizes["seq_len"]
+        self.vocab_size = self.session.get_outputs()[0].shape[2]
+        self.logits = np.zeros((self.batch_size, 1, self.vocab_size), np.float32)
+        self.cache = {
+            value.name: np.zeros((self.batch_size, value.shape[1], self.ctx_len, value.shape[3]), NUMPY[value.type])
+            for value in self.session.get_inputs()
+            if value.name.startswith("past_")
         }
-        vocab_size = self.session.get_outputs()[0].shape[2]
-        self.logits = np.zeros((self.batch_size, 1, vocab_size), np.float32)
         self.programs = {length: self._bind(length) for length in {self.prefill_seq_len, 1}}
+        self.positions = np.zeros(self.batch_size, np.int64)  # of each row's next token
 
     def _bind(self, seq_len):
         """(binding, input_ids, position_ids) for calls of seq_len tokens."""
         binding = self.session.io_binding()
-        given = {name: np.zeros((self.batch_size, seq_len), np.int64) for name in ("input_ids", "position_ids")}
-        made = {"logits": self.logits} | {f"{name}_RetainedState": cache for name, cache in self.caches.items()}
-        for bind, arrays in (binding.bind_input, given | self.caches), (binding.bind_output, made):
+        inputs = {name: np.zeros((self.batch_size, seq_len), np.int64) for name in ("input_ids", "position_ids")}
+        outputs = {"logits": self.logits} | {retained(name): array for name, array in self.cache.items()}
+        for bind, arrays in (binding.bind_input, inputs | self.cache), (binding.bind_output, outputs):
             for name, array in arrays.items():
                 bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return binding, *given.values()
+        return binding, *inputs.values()
 
-    def __call__(self, ids, positions):
-        """(batch, seq_len) each -> (batch, vocab), a view that the next call overwrites."""
+    def describe(self):
+        return ENGINE + (", float16 in float32 (it has no float16 kernels for this CPU)" if self.casts_float16 else "")
+
+    def run(self, ids, positions):
+        """(B, T) each -> logits (B, V), a view that the next call overwrites."""
         binding, input_ids, position_ids = self.programs[ids.shape[1]]
         input_ids[:], position_ids[:] = ids, positions
         self.session.run_with_iobinding(binding)
         return self.logits[:, 0]
 
-    def prefill(self, prompts):
-        return prefill(self, prompts, self.prefill_seq_len)
+    def prefill(self, rows):
+        """Lists of ids, one for each row -> the logits after each (B, V)."""
+        self.positions[:] = [len(row) for row in rows]
+        return prefill(self.run, rows, self.prefill_seq_len)
+
+    def decode(self, tokens):
+        """The next token of each row (B) -> logits (B, V), a view that the next call overwrites."""
+        logits = self.run(tokens[:, None], self.positions[:, None])
+        self.positions += 1
+        return logits
 
 
-def prefill(program, prompts, chunk):
-    """Lists of ids, one a row, through a program of chunk tokens at once -> the logits behind each (batch, vocab).
+def start(program, weights):
+    """The onnxruntime session of a program, which compile has optimized already."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    # threads sleep while they wait: on idle cores as fast as spinning, next to other work 21 ms a token instead of 37
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    return onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
-    The last chunk ends where the longest prompt does, and computes again what it shares with the one before: padding
-    behind a prompt that fills the cache would overwrite its last slot.
+
+def prefill(run, rows, chunk):
+    """Lists of ids through run(ids, positions), chunk tokens at a time -> the logits after each row (B, V).
+
+    The last chunk ends where the longest row ends, and recomputes what it shares with the chunk before it: padding
+    after a row that fills the cache would overwrite the last slot.
     """
-    lengths = np.array([len(prompt) for prompt in prompts])
+    lengths = np.array([len(row) for row in rows])
     padded = max(lengths.max(), chunk)
-    positions = np.tile(np.arange(padded), (len(prompts), 1))
+    positions = np.tile(np.arange(padded), (len(rows), 1))
     positions[positions >= lengths[:, None]] = -1  # right-padded
     ids = np.zeros_like(positions)
-    ids[positions >= 0] = np.concatenate(prompts)
-    behind = [None] * len(prompts)
+    ids[positions >= 0] = np.concatenate(rows)
+    last = [None] * len(rows)
     for start in range(0, padded, chunk):
         start = min(start, padded - chunk)
-        logits = program(ids[:, start : start + chunk], positions[:, start : start + chunk])
+        logits = run(ids[:, start : start + chunk], positions[:, start : start + chunk])
         for row in np.flatnonzero((start < lengths) & (lengths <= start + chunk)):  # short rows end early
-            behind[row] = logits[row].copy()
-    return np.stack(behind)
+            last[row] = logits[row].copy()
+    return np.stack(last)

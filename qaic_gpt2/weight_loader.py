@@ -1,4 +1,4 @@
-"""GPT-2 checkpoints in Hugging Face's format, as the model of model.py, whose names are the same."""
+"""GPT-2 checkpoints in Hugging Face's format -> GPT. Weights are read from safetensors and from nothing else."""
 
 import hashlib
 import json
@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import isfinite
 
 from qaic_gpt2.files import sha256
 from qaic_gpt2.model import GPT, GPTConfig
 
-FIXED = {  # what model.py has built in, and the values that mean the same: another would give other logits
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+FIXED = {  # what model.py has built in, with equivalent values; any other value would change the logits
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -21,23 +23,23 @@ FIXED = {  # what model.py has built in, and the values that mean the same: anot
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def read_config(folder):
+    """The GPTConfig of a checkpoint folder; a ValueError says what is wrong with config.json."""
     path = Path(folder, "config.json")
     given = read_json(path)
     for key, values in FIXED.items():
         if key in given and given[key] not in values:
             raise ValueError(f"{path}: {key} must be {' or '.join(map(repr, values))}, got {given[key]!r}")
-    if "n_ctx" in given:
-        given.setdefault("n_positions", given["n_ctx"])
-    config = GPTConfig(**{key: given[key] for key in GPTConfig.__dataclass_fields__ if key in given})
-    for key, value in vars(config).items():
+    sizes = {"n_positions": given.get("n_ctx", 1024), "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
+    sizes = {key: given.get(key, default) for key, default in sizes.items()}
+    for key, value in sizes.items():
         most = 1000 if key == "n_layer" else 2**24
-        if type(value) is not int or not 1 <= value <= most:
+        if type(value) is not int or not 0 < value <= most:
             raise ValueError(f"{path}: {key} must be a whole number from 1 to {most}, got {value!r}")
+    config = GPTConfig(block_size=sizes.pop("n_positions"), **sizes)
     if config.n_embd % config.n_head:
         raise ValueError(f"{path}: n_embd must be a multiple of n_head ({config.n_head}), got {config.n_embd}")
     if given.get("n_inner") not in (None, 4 * config.n_embd):
@@ -56,12 +58,12 @@ def read_json(path):
 
 
 def weight_files(folder):
-    """As transformers chooses: model.safetensors, or else the shards that its index lists, and no other file."""
-    whole, index = Path(folder, WHOLE), Path(folder, INDEX)
+    """Like transformers: model.safetensors, or else the shards that its index lists; no other file is read."""
+    whole, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
     if whole.exists():
         return [whole]
     if not index.exists():
-        raise ValueError(f"{folder} must hold {WHOLE} or {INDEX}: weights are read from no other format")
+        raise ValueError(f"{folder} must hold {whole.name} or {index.name}: weights are read from no other format")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
         raise ValueError(f"{index}: weight_map must map tensor names to files")
@@ -72,18 +74,21 @@ def weight_files(folder):
     return [Path(folder, name) for name in names]
 
 
-def digest(folder):
-    """Of the model's shape and the content of its weights, wherever they lie: what artifacts are named by."""
-    files = weight_files(folder)
-    if files != [Path(folder, WHOLE)]:
-        files.append(Path(folder, INDEX))
-    parts = [repr(read_config(folder)), *map(sha256, files)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def tensor_shapes(config):
+    """The tensors of a GPT-2 checkpoint in Hugging Face's layout: a linear layer's weight is [in, out]."""
+    C = config.n_embd
+    shapes = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
+    modules = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+    modules |= {"ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    for i in range(config.n_layer):
+        for module, shape in modules.items():
+            shapes |= {f"h.{i}.{module}.weight": shape, f"h.{i}.{module}.bias": shape[-1:]}
+    return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
 
 
-def read_tensors(folder, shapes):
-    """GPT-2's tensors by name, each checked; shapes has what a GPT-2 of this config holds."""
-    tensors = {}
+def read_tensors(folder, config):
+    """GPT-2's tensors by name, without the prefix `transformer.`, each checked."""
+    shapes, tensors = tensor_shapes(config), {}
     for file in weight_files(folder):
         try:
             loaded = load_file(file)
@@ -92,40 +97,46 @@ def read_tensors(folder, shapes):
         for full_name, tensor in loaded.items():
             name = full_name.removeprefix("transformer.")
             if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
-                continue  # GPT-2's own files carry causal masks
+                continue  # causal masks, which GPT-2's own files hold
             if name in tensors:
                 raise ValueError(f"{file}: {full_name} is given twice")
-            shape = shapes.get("wte.weight" if name == "lm_head.weight" else name)
-            if shape is None:
-                raise ValueError(f"{file}: {full_name} is not a tensor of this GPT-2")
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{file}: {full_name} must have shape {shape}, got {tuple(tensor.shape)}")
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            if dtype not in ("float16", "bfloat16", "float32", "float64"):  # float8 has no isfinite
-                raise ValueError(f"{file}: {full_name} must be floating-point, got {dtype}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{file}: {full_name} holds NaN or infinity")
+            check_tensor(f"{file}: {full_name}", tensor, shapes.get("wte.weight" if name == "lm_head.weight" else name))
             tensors[name] = tensor
     if missing := [name for name in shapes if name not in tensors]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(f"{folder} lacks {len(missing)} tensors: {names}")
     head = tensors.pop("lm_head.weight", tensors["wte.weight"])
-    if not torch.equal(head, tensors["wte.weight"]):
+    if not (head == tensors["wte.weight"]).all():
         raise ValueError(f"{folder}: lm_head.weight must equal wte.weight, as tie_word_embeddings says")
     return tensors
 
 
+def check_tensor(name, tensor, shape):
+    if shape is None:
+        raise ValueError(f"{name} is not a tensor of this GPT-2")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} must be floating-point, got {dtype}")
+    if not isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+
+
 def load(folder, dtype="float32"):
-    """A checkpoint's folder -> a GPT with weights in dtype; a ValueError says what is wrong."""
+    """The GPT of a checkpoint folder, with weights in dtype; a ValueError says what is wrong with the folder."""
     config = read_config(folder)
+    tensors = read_tensors(folder, config)
     with torch.device("meta"):
         model = GPT(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = read_tensors(folder, shapes)
     model.load_state_dict({name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def count_parameters(folder):
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(read_config(folder)).parameters())
+def digest(folder):
+    """The SHA-256 of the config and of every weight file that is read: artifacts are named by it."""
+    files = weight_files(folder)
+    if files[0].name != "model.safetensors":
+        files.append(Path(folder, "model.safetensors.index.json"))
+    parts = [repr(read_config(folder)), *map(sha256, files)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where the work runs: TensorRT on an NVIDIA GPU, or the CPU where nvtripy has no TensorRT under it."""
+"""The device: TensorRT on an NVIDIA GPU, or the CPU if nvtripy has no TensorRT."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -7,37 +7,47 @@ import nvtripy as tp
 
 from tripy_nanogpt import tripy_cpu
 
-NAMES = ("auto", "cpu", "gpu")
 NO_KERNEL = "float32 (torch has no faster kernel for this CPU)"
 
 
 def choose_device(name, fast=False):
-    """A few words for the first line of output, such as `cpu: ...`; ValueError where the device is not to be had."""
-    if name not in NAMES:
-        raise ValueError(f"--device is {name}, one of {', '.join(NAMES)} is expected")
-    if tripy_cpu.ENGINE:
-        if name == "gpu":
-            raise ValueError("--device is gpu, but nvtripy has no TensorRT here: pip install -r requirements.txt")
-        weights = tripy_cpu.weights
-        weights.BFLOAT16 = fast and weights.has_low_bit_products()
-        words = f"cpu: {tripy_cpu.ENGINE}"
-        if fast:
-            words += f", quantized weights multiplied in {'bfloat16' if weights.BFLOAT16 else NO_KERNEL}"
-        if not all(map(weights.has_half_product, weights.HALF)):
-            words += f", float16 and bfloat16 multiplied in {NO_KERNEL}"
-        return words
+    """Device and engine in words, such as `cpu: nvtripy ...`; a ValueError if the device is not available.
+
+    fast: executables that are compiled or loaded from now on multiply quantized weights in bfloat16 (CPU only).
+    """
+    if name not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"--device must be auto, cpu or gpu, got {name}")
+    return describe_cpu(name, fast) if tripy_cpu.ENGINE else describe_gpu(name, fast)
+
+
+def describe_cpu(name, fast):
+    if name == "gpu":
+        raise ValueError("--device must be auto or cpu without TensorRT, got gpu: pip install -r requirements.txt")
+    weights = tripy_cpu.weights
+    weights.BFLOAT16 = fast and weights.has_low_bit_products()
+    words = f"cpu: {tripy_cpu.ENGINE}"
     if fast:
-        raise ValueError("--fast is for the CPU, and nvtripy has TensorRT here")
+        words += f", quantized weights multiplied in {'bfloat16' if weights.BFLOAT16 else NO_KERNEL}"
+    if not all(map(weights.has_half_product, weights.HALF)):
+        words += f", float16 and bfloat16 multiplied in {NO_KERNEL}"
+    return words
+
+
+def describe_gpu(name, fast):
+    if fast:
+        raise ValueError("--fast needs the CPU, but nvtripy has TensorRT here")
     if name == "cpu":
-        raise ValueError("--device is cpu, but nvtripy has TensorRT here: install requirements-cpu.txt in another venv")
+        raise ValueError(
+            "--device must be auto or gpu with TensorRT, got cpu: install requirements-cpu.txt in another venv"
+        )
     try:
         tp.copy(tp.Tensor([0]), tp.device("gpu"))
-    except Exception as error:  # of the driver, of CUDA, of TensorRT: each has kinds of its own
-        raise ValueError(f"--device is {name}, but no NVIDIA GPU answers: {' '.join(str(error).split())}") from None
-    return f"{_gpu_name()}: nvtripy {version('nvtripy')}, TensorRT {_tensorrt_version()}"
+    except Exception as error:  # the driver, CUDA and TensorRT each have their own kinds
+        raise ValueError(f"--device {name}: no NVIDIA GPU answers ({' '.join(str(error).split())})") from None
+    return f"{gpu_name()}: nvtripy {version('nvtripy')}, TensorRT {tensorrt_version()}"
 
 
-def _gpu_name():
+def gpu_name():
     command = ["nvidia-smi", "--id=0", "--query-gpu=name", "--format=csv,noheader"]
     try:
         return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", timeout=10).stdout.strip()
@@ -45,7 +55,7 @@ def _gpu_name():
         return "an NVIDIA GPU"
 
 
-def _tensorrt_version():
+def tensorrt_version():
     for name in ("tensorrt-cu12", "tensorrt-cu13", "tensorrt"):
         try:
             return version(name)

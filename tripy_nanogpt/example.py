@@ -1,136 +1,149 @@
-"""Continue a text with GPT-2, run by nvtripy.
+"""GPT-2 on an NVIDIA GPU by nvtripy and TensorRT, or the same executables on a CPU: compile, prefill, decode.
 
 python example.py --input-text "Do people really like using ONNX?" --seed=1
+python example.py --model gpt2 --quant-mode int8-weight-only
 """
 
 import argparse
+import re
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import fail, script, start_script
-
-start_script(__name__)
 import numpy as np
 
 from shared.sampling import Sampler, check_sampling
-from shared.tokenizer import Stream, find_model, load_tokenizer
+from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
+from tripy_nanogpt.engine import DTYPES, load
+from tripy_nanogpt.files import save_dump
+from tripy_nanogpt.model import count_params
+from tripy_nanogpt.quantization import Quantization
 
-# how far logits may be from those of the CPU in float32, as a part of the largest; TensorRT multiplies float32 in TF32
+# --verify: how far the logits may be from float32 on the CPU, relative to the largest; TensorRT's float32 is TF32
 LIMITS = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+def make_parser():
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--input-text", default="What is the answer to life, the universe, and everything?", help="the prompt")
-    add("--model-type", "--model", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-nano or a folder")
+    prompt = "What is the answer to life, the universe, and everything?"
+    add("--prompt", "--input-text", default=prompt, help="(default: %(default)s)")
+    add("--model", "--model-type", help="gpt2, ..., gpt2-xl, gpt2-nano or a folder (default: gpt2, else gpt2-nano)")
     add("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=200, help="(default: %(default)s)")
-    add("--top-p", type=float)
+    add("--top-p", type=float, help="nucleus sampling (default: off)")
     add("--seed", type=int, help="for the same text each time")
-    add("--dtype", default="float16", choices=LIMITS, help="(default: %(default)s)")
-    add("--quant-mode", help="int8-weight-only, int4-weight-only, int4-awq, or float8, which is fp8 too")
+    add("--dtype", default="float16", choices=DTYPES, help="(default: %(default)s)")
+    add("--quant-mode", help="int8-weight-only, int4-weight-only, int4-awq or float8 (also fp8)")
     add(
         "--calibration-data",
         default="cnn_dailymail",
-        help="a .txt, a .jsonl or a folder, for int4-awq and float8 (default: %(default)s, else text from here)",
+        help="for int4-awq and float8: a .txt, a .jsonl or a folder (default: %(default)s or text from here)",
     )
     add("--fast", action="store_true", help="on the CPU: multiply quantized weights in bfloat16")
     add("--device", default="auto", help="auto, cpu or gpu (default: %(default)s)")
-    add("--no-cache", action="store_true", help="compute the whole text anew for each token")
-    add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits")
+    add("--no-cache", action="store_true", help="recompute the whole text for each token")
     add("--ignore-eos", action="store_true", help="go on after <|endoftext|>")
-    add("--verify", action="store_true", help="compare the logits with those of transformers in float32; no text")
-    return parser.parse_args(argv)
+    add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits")
+    add("--verify", action="store_true", help="compare the logits with transformers in float32 on the CPU; no text")
+    return parser
 
 
-def verify(engine, dtype, folder, ids):
-    """How far the logits are from those of transformers on the CPU in float32, as a part of the largest."""
+def dashed(argv):
+    """--max_new_tokens is --max-new-tokens."""
+    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+
+
+def check(args):
+    check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
+    if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
+        raise ValueError(f"--dump must be a file in an existing folder, got {args.dump}")
+
+
+def generate(args, engine, tokenizer, prompt):
+    """Prints the text token by token; saves --dump."""
+    end, stream = None if args.ignore_eos else tokenizer.eot, Stream(tokenizer)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    room = engine.config.block_size - len(prompt) + 1  # the last token needs no position: it is not read
+    tokens, rows = [], []
+    print(args.prompt, end="", flush=True)
+    for step in range(min(args.max_new_tokens, room)):
+        if args.no_cache:
+            logits = engine.forward([prompt + tokens])[:, -1]  # 1, V
+        else:
+            logits = engine.decode(tokens[-1:]) if step else engine.prefill([prompt])  # 1, V
+        tokens.append(sampler(logits[0]))
+        if args.dump:
+            rows.append(logits[0])
+        if tokens[-1] == end:
+            break
+        print(stream.push(tokens[-1]), end="", flush=True)
+    else:
+        if room < args.max_new_tokens:
+            print(f"{stream.end()}\n[the context of {engine.config.block_size} tokens is full]", end="")
+    print(stream.end())
+    if args.dump:
+        save_dump(args.dump, prompt, tokens, rows)
+
+
+def verify(args, engine, folder, prompt):
+    """Compares the logits of forward, and of prefill and decode, with transformers'; status 1 if they differ."""
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel  # imported here: it takes seconds
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     with torch.no_grad():
-        exact = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0].numpy()
-    half = (len(ids) + 1) // 2
-    logits, cache = engine.prefill(ids[:half])
-    rows = [logits]
-    for position in range(half, len(ids)):
-        logits, cache = engine.decode(ids[position], position, cache)
-        rows.append(logits)
-    apart = {"forward": engine.forward(ids) - exact, "prefill, decode": rows - exact[half - 1 :]}
-    largest, limit = abs(exact).max() or 1.0, LIMITS[dtype]
-    shares = {name: abs(part).max() / largest for name, part in apart.items()}
-    for name, share in shares.items():
-        verdict = "as expected" if share <= limit else "NOT as expected"
-        print(f"{name}: logits within {share:.1e} of the largest: {verdict} (up to {limit:g})")
-    sys.exit(int(not all(share <= limit for share in shares.values())))  # NaN is not
+        exact = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)(torch.tensor([prompt])).logits[0].numpy()
+    half = (len(prompt) + 1) // 2
+    cached = [engine.prefill([prompt[:half]]), *(engine.decode([token]) for token in prompt[half:])]
+    ours = {"forward": engine.forward([prompt])[0], "prefill, decode": np.concatenate(cached)}
+    limit, passed = LIMITS[args.dtype], True
+    for name, logits in ours.items():
+        difference = abs(logits - exact[-len(logits) :]).max() / (abs(exact).max() or 1.0)
+        good = difference <= limit  # NaN is not
+        passed = passed and good
+        verdict = "as expected" if good else "NOT as expected"
+        print(f"{name}: logits within {difference:.1e} of the largest: {verdict} (up to {limit:g})")
+    return int(not passed)
 
 
-def save(path, **arrays):
-    with path.open("wb") as file:  # by its name, NumPy would add .npz
-        np.savez(file, **arrays)
-
-
-@script
 def main(argv=None):
-    args = parse_arguments(argv)
-    check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, 1 or more is expected")
-    if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
-        raise ValueError(f"--dump is {args.dump}, a file in a folder that exists is expected")
-    name, folder, why = find_model(args.model_type)
-    tokenizer = load_tokenizer(folder)
-    prompt = tokenizer.encode(args.input_text) or [tokenizer.eot]
-    if prompt == [None]:
-        raise ValueError("prompt must not be empty: this model has no <|endoftext|>")
-
-    # here, for they take two seconds that a mistake above need not wait for
-    from tripy_nanogpt.device import choose_device
-    from tripy_nanogpt.engine import load_engine
-    from tripy_nanogpt.files import write_beside
-    from tripy_nanogpt.quantization import check_mode
-    from tripy_nanogpt.weight_loader import read_config
-
-    mode = check_mode(args.quant_mode) if args.quant_mode else None
-    device = choose_device(args.device, args.fast)
-    config = read_config(folder, quant_mode=mode)
-    size = config.block_size
-    if len(prompt) > size:
-        raise ValueError(f"--input-text is {len(prompt)} tokens long, at most {size} fit into {name}'s context")
-    what = f"{config.count_parameters() / 1e6:.1f}M parameters, {', '.join(filter(None, (args.dtype, mode)))}"
-    print(f"{name} ({what}) on {device}{'' if args.model_type else f'; {why}'}", flush=True)
-    engine = load_engine(folder, args.dtype, device, mode, args.calibration_data)
-    engine.executable("forward" if args.no_cache else "prefill")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a character that the console lacks is printed as its escape
+    parser = make_parser()
+    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    try:
+        check(args)
+        found = find_model(args.model)
+        tokenizer = load_tokenizer(found.folder)
+        quantization = Quantization(args.quant_mode, args.calibration_data, args.fast)
+        engine = load(found.folder, args.dtype, args.device, quantization)
+        prompt = encode_prompt(tokenizer, args.prompt, engine.config.vocab_size)
+        if len(prompt) > engine.config.block_size:
+            raise ValueError(f"--prompt must be at most {engine.config.block_size} tokens long, got {len(prompt)}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    mode, reason = engine.config.quant_mode, "" if args.model else f"; {found.why}"
+    formats = f"{args.dtype}, {mode}" if mode else args.dtype
+    parameters = f"{count_params(engine.config) / 1e6:.1f}M parameters"
+    print(f"{found.name} ({parameters}, {formats}) on {engine.describe()}{reason}", flush=True)
     if engine.calibrated_on:
         print(f"{mode} calibrated on {engine.calibrated_on}", flush=True)
-
-    if args.verify:
-        verify(engine, args.dtype, folder, prompt)
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
-    stream, tokens, rows = Stream(tokenizer), [], []
-    print(args.input_text, end="", flush=True)
-    for token, logits in engine.generate(prompt, args.max_new_tokens, sampler, cached=not args.no_cache):
-        tokens.append(token)
-        if args.dump:
-            rows.append(logits)
-        if token == tokenizer.eot and not args.ignore_eos:
-            break
-        print(stream.push(token), end="", flush=True)
-    else:
-        if len(tokens) < args.max_new_tokens:
-            print(f"{stream.end()}\n[the context of {size} tokens is full]", end="")
-    print(stream.end())
-    if args.dump:
-        arrays = {"prompt_ids": np.array(prompt), "tokens": np.array(tokens), "logits": np.array(rows)}
-        write_beside(args.dump, partial(save, **arrays))
+    try:
+        if args.verify:
+            return verify(args, engine, found.folder, prompt)
+        return generate(args, engine, tokenizer, prompt)
+    except OSError as error:  # a full disk
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

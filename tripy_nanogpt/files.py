@@ -1,25 +1,36 @@
-"""Files that are whole or not there, and what they are known by."""
+"""Atomic file writes: a file has all of its content or does not exist. And hashes, by which artifacts are cached."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
+SCRIPTS = ("example.py", "bench.py", "bench_quant.py", "bench_report.py")
 
 
-def write_beside(path, write):
-    """write(temporary path), which then takes the place of path; an OSError names path, and what is the matter."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def write_file(path, write):
+    """write(temporary path), which then replaces path; an OSError names path and the reason."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        write(part)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def save_dump(path, prompt, tokens, logits):
+    """--dump FILE.npz: prompt_ids, tokens, and the float32 logits that each token was drawn from."""
+
+    def write(temporary):
+        with temporary.open("wb") as file:  # np.savez would add .npz to a path
+            np.savez(file, prompt_ids=np.array(prompt), tokens=np.array(tokens), logits=np.array(logits))
+
+    write_file(path, write)
 
 
 def sha256(path):
@@ -27,9 +38,9 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(files, *rest):
-    """A short name for what is made of these files, by the code here, with the rest."""
+def fingerprint(files, *settings):
+    """A cache key for what these files and settings, and the code in this folder, determine."""
     code = sorted([*HERE.glob("*.py"), *HERE.glob("tripy_cpu/*.py")])
-    code = [path for path in code if path.name not in ("example.py", "bench.py", "bench_quant.py")]
-    parts = [*map(sha256, [*files, *code]), *map(str, rest)]
+    code = [path for path in code if path.name not in SCRIPTS]
+    parts = [*map(sha256, [*files, *code]), *map(str, settings)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

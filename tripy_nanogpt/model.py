@@ -1,12 +1,12 @@
-"""GPT-2 in nvtripy, read from top to bottom: attention, MLP, block, transformer, GPT.
+"""GPT-2 in nvtripy, from top to bottom: config, attention, MLP, block, transformer, GPT.
 
 GPT has three functions to compile, with the same parameters:
-    forward(ids)                    a whole text: logits at each of its positions
-    prefill(ids)                    a whole prompt: logits at its end, and a cache of its keys and values
-    decode(token, position, cache)  one more token: its logits, and the cache with its keys and values in it
+    forward(ids)                    a whole text: the logits at each position
+    prefill(ids)                    a prompt: the logits after its last token, and the KV cache
+    decode(token, position, cache)  one more token: the logits after it, and the updated KV cache
 
-Parameters and arithmetic are in config.dtype, except for LayerNorm's, which are in float32. In the comments on shapes:
-T tokens, C channels, H heads, D = C / H channels a head, S slots in the cache (as many as positions), V words.
+Parameters and arithmetic are in config.dtype, except LayerNorm's, which are in float32. Shapes in comments: T tokens of
+this call, S cache slots (block_size), H heads, D = C / H head size, C width, V vocabulary. The batch is one text.
 """
 
 import math
@@ -25,32 +25,39 @@ class GPTConfig:
     dtype: tp.dtype = tp.float16
     quant_mode: str | None = None  # one of MODES in quantization.py
 
-    def count_parameters(self):
-        C = self.n_embd
-        return (self.vocab_size + self.block_size) * C + self.n_layer * (12 * C * C + 13 * C) + 2 * C
+
+def count_params(config):
+    C = config.n_embd
+    return (config.vocab_size + config.block_size) * C + config.n_layer * (12 * C * C + 13 * C) + 2 * C
+
+
+def init_cache(config, batch=1):
+    """[k, v] of each layer, each (B, H, S, D), as decode is compiled for it; prefill fills and returns the cache."""
+    shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+    return [[tp.InputInfo(shape, dtype=config.dtype), tp.InputInfo(shape, dtype=config.dtype)]] * config.n_layer
 
 
 def gelu(x):
-    """The tanh approximation, with which GPT-2 was trained; tp.gelu is the exact function, and gives other logits."""
+    """The tanh approximation, with which GPT-2 was trained; tp.gelu is the exact function and changes the logits."""
     return 0.5 * x * (1.0 + tp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
 def linear(config, in_features, out_features):
-    """A linear layer, with its weights quantized as config.quant_mode says."""
-    if config.quant_mode == "int8-weight-only":  # a scale for each output
+    """A linear layer, quantized as config.quant_mode says."""
+    if config.quant_mode == "int8-weight-only":  # one scale per output
         return tp.Linear(in_features, out_features, dtype=config.dtype, quant_dtype=tp.int8, weight_quant_dim=0)
     if config.quant_mode in ("int4-weight-only", "int4-awq"):
         return Int4Linear(in_features, out_features, config)
-    if config.quant_mode == "float8":  # one scale for all weights and one for all inputs
+    if config.quant_mode == "float8":  # one scale for the weights and one for the inputs
         return tp.Linear(in_features, out_features, dtype=config.dtype, quant_dtype=tp.float8)
     return tp.Linear(in_features, out_features, dtype=config.dtype)
 
 
 class Int4Linear(tp.Module):
-    """Weights in int4, in blocks along the input, each with a scale, as ModelOpt makes them.
+    """int4 weights with one scale per block along the input, as ModelOpt quantizes them.
 
-    tp.quantize makes blocks along the first dimension. In tp.Linear that is the output, and ModelOpt's scales would
-    lie on other weights than they are of. Here it is the input, and the product needs no transpose.
+    tp.quantize takes blocks along the first dimension. In tp.Linear that is the output: ModelOpt's scales would
+    multiply the wrong weights. Here it is the input, and the product needs no transpose.
     """
 
     def __init__(self, in_features, out_features, config):
@@ -60,7 +67,7 @@ class Int4Linear(tp.Module):
         self.weight_scale = tp.ones((in_features // int4_block(config), out_features), dtype=config.dtype)
         self.bias = tp.ones((out_features,), dtype=config.dtype)
         self.pre_quant_scale = None
-        if config.quant_mode == "int4-awq":  # the weights were divided by it before they were quantized
+        if config.quant_mode == "int4-awq":  # AWQ divides the weights by it before it quantizes them
             self.pre_quant_scale = tp.ones((in_features,), dtype=config.dtype)
 
     def forward(self, x):
@@ -71,11 +78,11 @@ class Int4Linear(tp.Module):
 
 
 def int4_block(config):
-    """TensorRT knows blocks of 128 and of 64; gpt2-xl's 1,600 channels are no multiple of 128."""
+    """TensorRT has blocks of 128 and of 64; gpt2-xl's width, 1,600, is not a multiple of 128."""
     for size in 128, 64:
         if config.n_embd % size == 0:
             return size
-    raise ValueError(f"{config.quant_mode} needs n_embd to be a multiple of 64, not {config.n_embd}")
+    raise ValueError(f"n_embd must be a multiple of 64 for {config.quant_mode}, got {config.n_embd}")
 
 
 class LayerNorm(tp.LayerNorm):
@@ -93,16 +100,16 @@ class CausalSelfAttention(tp.Module):
         self.c_attn = linear(config, config.n_embd, 3 * config.n_embd)
         self.c_proj = linear(config, config.n_embd, config.n_embd)
 
-    def forward(self, x, T, future, here=None, past=None):
-        parts = tp.reshape(self.c_attn(x), (1, T, 3, self.n_head, self.head_size))
-        parts = tp.permute(parts, (2, 0, 3, 1, 4))
-        q, k, v = parts[0], parts[1], parts[2]  # (1, H, T, D)
-        if past:
-            k, v = tp.where(here, k, past[0]), tp.where(here, v, past[1])  # (1, H, S, D)
+    def forward(self, x, T, visible, at_position=None, cache=None):
+        qkv = tp.reshape(self.c_attn(x), (1, T, 3, self.n_head, self.head_size))
+        qkv = tp.permute(qkv, (2, 0, 3, 1, 4))
+        q, k, v = qkv[0], qkv[1], qkv[2]  # (1, H, T, D)
+        if cache:  # Tripy has no scatter: the cache update is a tp.where
+            k, v = tp.where(at_position, k, cache[0]), tp.where(at_position, v, cache[1])  # (1, H, S, D)
         scores = (q @ tp.transpose(k, -2, -1)) * (1 / math.sqrt(self.head_size))  # (1, H, T, T or S)
-        weights = tp.softmax(tp.masked_fill(scores, future, float("-inf")), dim=-1)
-        mixed = tp.transpose(weights @ v, 1, 2)  # (1, T, H, D)
-        return self.c_proj(tp.reshape(mixed, (1, T, self.n_head * self.head_size))), k, v
+        weights = tp.softmax(tp.where(visible, scores, float("-inf")), dim=-1)
+        y = tp.transpose(weights @ v, 1, 2)  # (1, T, H, D)
+        return self.c_proj(tp.reshape(y, (1, T, self.n_head * self.head_size))), [k, v]
 
 
 class MLP(tp.Module):
@@ -123,10 +130,10 @@ class Block(tp.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, T, future, here=None, past=None):
-        mixed, k, v = self.attn(self.ln_1(x), T, future, here, past)
-        x = x + mixed
-        return x + self.mlp(self.ln_2(x)), k, v
+    def forward(self, x, T, visible, at_position=None, cache=None):
+        y, new_cache = self.attn(self.ln_1(x), T, visible, at_position, cache)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), new_cache
 
 
 class Transformer(tp.Module):
@@ -137,13 +144,13 @@ class Transformer(tp.Module):
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config)
 
-    def forward(self, ids, T, positions, future, here=None, cache=None):
+    def forward(self, ids, T, positions, visible, at_position=None, cache=None):
         x = self.wte(ids) + self.wpe(positions)  # (1, T, C)
-        keys_and_values = []  # of each layer in turn
-        for block, past in zip(self.h, cache or [None] * len(self.h), strict=True):
-            x, k, v = block(x, T, future, here, past)
-            keys_and_values += [k, v]
-        return x, keys_and_values
+        new_cache = []  # k and v of the first layer, then of the next: an executable returns a flat list
+        for block, layer_cache in zip(self.h, cache or [None] * len(self.h), strict=True):
+            x, kv = block(x, T, visible, at_position, layer_cache)
+            new_cache += kv
+        return x, new_cache
 
 
 class GPT(tp.Module):
@@ -151,32 +158,32 @@ class GPT(tp.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        head = {"quant_dtype": tp.float8} if config.quant_mode == "float8" else {}  # the others leave it as it is
+        head = {"quant_dtype": tp.float8} if config.quant_mode == "float8" else {}  # the other modes leave the head
         self.lm_head = tp.Linear(config.n_embd, config.vocab_size, bias=False, dtype=config.dtype, **head)
 
     def forward(self, ids):
-        x, _ = self.read(ids)
+        x, _ = self.attend(ids)
         return self.logits(x)
 
     def prefill(self, ids):
-        x, keys_and_values = self.read(ids)
-        # to S slots: those past the prompt's end repeat its last one until decode, which does not see them, writes them
+        x, new_cache = self.attend(ids)
+        # S slots: those after the prompt repeat its last one, and decode reads none of them before it has written it
         slots = tp.minimum(self.slots(), ids.shape[1] - 1)
-        return [self.logits(x[:, -1:, :]), *(tp.gather(part, 2, slots) for part in keys_and_values)]
+        return [self.logits(x[:, -1:, :]), *(tp.gather(kv, 2, slots) for kv in new_cache)]
 
     def decode(self, token, position, cache):
-        """cache: a list of [keys, values] for each layer, each (1, H, S, D), as prefill and decode return them."""
+        """cache: [k, v] of each layer, each (1, H, S, D)."""
         slots = self.slots()
-        here = tp.reshape(slots, (1, 1, -1, 1)) == tp.reshape(position, (1, 1, 1, 1))
-        future = tp.reshape(slots, (1, 1, 1, -1)) > tp.reshape(position, (1, 1, 1, 1))
-        x, keys_and_values = self.transformer(token, 1, position, future, here, cache)
-        return [self.logits(x), *keys_and_values]
+        at_position = tp.reshape(slots, (1, 1, -1, 1)) == tp.reshape(position, (1, 1, 1, 1))  # (1, 1, S, 1)
+        visible = tp.reshape(slots, (1, 1, 1, -1)) <= tp.reshape(position, (1, 1, 1, 1))  # (1, 1, 1, S)
+        x, new_cache = self.transformer(token, 1, position, visible, at_position, cache)
+        return [self.logits(x), *new_cache]
 
-    def read(self, ids):
+    def attend(self, ids):
         T = ids.shape[1]
         positions = tp.arange(T, dtype=tp.int32)
-        future = positions > tp.reshape(positions, (-1, 1))  # (T, T): true above the diagonal
-        return self.transformer(ids, T, positions, future)
+        visible = positions <= tp.reshape(positions, (-1, 1))  # (T, T): True on and below the diagonal
+        return self.transformer(ids, T, positions, visible)
 
     def slots(self):
         return tp.arange(self.config.block_size, dtype=tp.int32)

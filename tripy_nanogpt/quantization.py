@@ -1,6 +1,6 @@
-"""Quantizing a Hugging Face GPT-2 with NVIDIA's ModelOpt.
+"""Quantizing a transformers GPT-2 with NVIDIA's ModelOpt.
 
-ModelOpt leaves the weights in float, and notes how large they are; weight_loader.py makes scales of that.
+ModelOpt keeps the weights in float and records the largest absolute values; weight_loader.py turns those into scales.
 """
 
 import json
@@ -10,6 +10,7 @@ import urllib.request
 import warnings
 from contextlib import redirect_stdout
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,31 +20,51 @@ from shared.tokenizer import DEADLINE_S, load_tokenizer
 from tripy_nanogpt.model import GPTConfig, int4_block
 
 MODES = ("int8-weight-only", "int4-weight-only", "int4-awq", "float8")
-# mode -> samples, batch size; AWQ runs each batch a dozen times, and rounds all weights for it each time
+# mode -> samples, batch size; AWQ runs each batch a dozen times and rounds all weights each time
 CALIBRATED = {"int4-awq": (16, 8), "float8": (64, 4)}
 SAMPLE_TOKENS = 256
 CNN = "cnn_dailymail"
 ROOT = Path(__file__).resolve().parents[1]
-# what stands in for CNN / DailyMail without a network: no text that gpt2-nano's perplexity is measured on
+# replaces CNN / DailyMail without a network; gpt2-nano's perplexity is measured on other text
 REPOSITORY = ("LICENSE", "checkpoints/gpt2-nano/README.md")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    mode: str | None = None  # one of MODES, or fp8
+    calibration_data: str = CNN  # or a .txt, a .jsonl or a folder
+    fast: bool = False  # on the CPU: multiply quantized weights in bfloat16
+
+
+NOT_QUANTIZED = Quantization()
 
 
 def check_mode(quant_mode):
     mode = "float8" if quant_mode == "fp8" else quant_mode
     if mode not in MODES:
-        raise ValueError(f"quant mode is {quant_mode}, one of {', '.join(MODES)}, fp8 is expected")
+        raise ValueError(f"--quant-mode must be {', '.join(MODES)} or fp8, got {quant_mode}")
     return mode
 
 
-def modelopt_quantize(model_hf, quant_mode, dataset_name=CNN, tokenizer=None):
-    """Quantizes model_hf in place, and calibrates it where the mode asks for that; returns it.
-
-    Without a tokenizer it takes the one beside the model's checkpoint.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at versions of transformers, at missing CUDA
-        import modelopt.torch.quantization as mtq
+def modelopt_quantize(model_hf, quant_mode, dataset_name=CNN):
+    """Quantizes model_hf in place, calibrated if the mode needs it; returns it."""
     mode = check_mode(quant_mode)
+    return run_modelopt(model_hf, mode, calibration_loop(model_hf, mode, dataset_name))
+
+
+def calibration_loop(model_hf, mode, dataset_name=CNN):
+    """The forward loop that calibrates this mode, or None; a ValueError says what is wrong with the data."""
+    if mode not in CALIBRATED:
+        return None
+    samples, batch = CALIBRATED[mode]
+    tokenizer = load_tokenizer(model_hf.config.name_or_path)
+    return create_forward_loop(model_hf, dataset_name, tokenizer, model_hf.device, batch, samples)
+
+
+def run_modelopt(model_hf, mode, forward_loop):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about transformers' version and missing CUDA
+        import modelopt.torch.quantization as mtq  # imported here: it takes seconds
     presets = {
         "int8-weight-only": mtq.INT8_WEIGHT_ONLY_CFG,
         "int4-weight-only": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
@@ -52,43 +73,35 @@ def modelopt_quantize(model_hf, quant_mode, dataset_name=CNN, tokenizer=None):
     }
     settings = deepcopy(presets[mode])
     rules = [*settings["quant_cfg"], {"quantizer_name": "*ln_*", "enable": False}]
-    if mode == "float8":  # the head too: it is a third of GPT-2's weights
+    if mode == "float8":  # quantize the head too: it is a third of GPT-2's weights
         rules = [rule for rule in rules if rule["quantizer_name"] != "*lm_head*"]
     if mode.startswith("int4"):
-        block = int4_block(GPTConfig(n_embd=model_hf.config.n_embd, quant_mode=mode))
         (weights,) = (rule["cfg"] for rule in rules if rule["quantizer_name"] == "*weight_quantizer")
-        weights["block_sizes"][-1] = block
+        weights["block_sizes"][-1] = int4_block(GPTConfig(n_embd=model_hf.config.n_embd, quant_mode=mode))
     settings["quant_cfg"] = rules
-    forward_loop = None
-    model_hf.calibrated_on = ""
-    if mode in CALIBRATED:
-        samples, batch = CALIBRATED[mode]
-        tokenizer = tokenizer or load_tokenizer(model_hf.config.name_or_path)
-        forward_loop = create_forward_loop(model_hf, dataset_name, tokenizer, model_hf.device, batch, samples)
-        model_hf.calibrated_on = forward_loop.text
-    with redirect_stdout(None):  # ModelOpt tells how many layers it met
+    with redirect_stdout(None):  # ModelOpt prints how many quantizers it inserted
         return mtq.quantize(model_hf, settings, forward_loop=forward_loop)
 
 
 def create_forward_loop(model, dataset_name, tokenizer, device, batch_size, num_samples):
-    """A function that runs a model on num_samples texts, from which ModelOpt sees how large activations become.
+    """A function that runs a model on num_samples texts, on which ModelOpt observes the activations.
 
     dataset_name: cnn_dailymail, a .txt file, a .jsonl file with a "text" in each line, or a folder of .txt files. The
-    function's attribute `text` says what was taken: without a network cnn_dailymail becomes the repository's own text.
+    function's attribute `text` says what was read: without a network cnn_dailymail becomes the repository's own text.
     """
-    texts, said = calibration_texts(dataset_name, num_samples)
+    texts, source = calibration_texts(dataset_name, num_samples)
     length = min(SAMPLE_TOKENS, model.config.n_positions)
     encoded = [tokenizer.encode(text) for text in texts]
     starts = range(0, max(map(len, encoded), default=0), length)
     samples = [ids[i : i + length] for i in starts for ids in encoded if i < len(ids)][:num_samples]
     if not samples:
-        raise ValueError(f"calibration data is {dataset_name}, which holds no text")
-    end = (tokenizer.eot if hasattr(tokenizer, "eot") else tokenizer.eos_token_id) or 0  # characters have none
+        raise ValueError(f"--calibration-data must hold text, got {dataset_name}, which is empty")
+    pad = (tokenizer.eot if hasattr(tokenizer, "eot") else tokenizer.eos_token_id) or 0  # characters have no eot
     batches = []
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
         width = max(map(len, batch))
-        ids = torch.tensor([[*sample, *[end] * (width - len(sample))] for sample in batch], device=device)
+        ids = torch.tensor([[*sample, *[pad] * (width - len(sample))] for sample in batch], device=device)
         mask = torch.tensor([[1] * len(sample) + [0] * (width - len(sample)) for sample in batch], device=device)
         batches.append({"input_ids": ids, "attention_mask": mask})
 
@@ -97,20 +110,20 @@ def create_forward_loop(model, dataset_name, tokenizer, device, batch_size, num_
             for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False):
                 model(**batch)
 
-    forward_loop.text = f"{len(samples)} samples of up to {length} tokens from {said}"
+    forward_loop.text = f"{len(samples)} samples of up to {length} tokens from {source}"
     return forward_loop
 
 
 def calibration_texts(dataset_name, count):
     """(texts, what to call them)"""
-    path = Path(dataset_name)
     if dataset_name == CNN:
         try:
             return articles(count), "CNN / DailyMail"
         except OSError as error:
-            why = f"{CNN} cannot be had: {' '.join(str(error).split())}"
+            reason = f"{CNN} is not available: {' '.join(str(error).split())}"
         texts = [(ROOT / name).read_text(encoding="utf-8") for name in REPOSITORY]
-        return texts, f"{' and '.join(REPOSITORY)} ({why})"
+        return texts, f"{' and '.join(REPOSITORY)} ({reason})"
+    path = Path(dataset_name)
     try:
         if path.is_dir():
             return [file.read_text(encoding="utf-8") for file in sorted(path.glob("*.txt"))], str(path)
@@ -120,32 +133,31 @@ def calibration_texts(dataset_name, count):
             lines = path.read_text(encoding="utf-8").splitlines()
             return [json.loads(line)["text"] for line in lines if line.strip()], str(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"calibration data is {dataset_name}, which cannot be read: {error!r}") from None
-    raise ValueError(f"calibration data is {dataset_name}; {CNN}, a .txt, a .jsonl or a folder is expected")
+        raise ValueError(f"--calibration-data {dataset_name} cannot be read: {error!r}") from None
+    raise ValueError(f"--calibration-data must be {CNN}, a .txt, a .jsonl or a folder, got {dataset_name}")
 
 
 def articles(count):
-    """The first articles of CNN / DailyMail, from the hub; OSError without a network, in a few seconds."""
+    """The first articles of CNN / DailyMail from the hub; without a network an OSError within seconds."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
-    answers = queue.SimpleQueue()
-    threading.Thread(target=lambda: answers.put(_answer_of(constants.ENDPOINT)), daemon=True).start()
+    errors = queue.SimpleQueue()
+    threading.Thread(target=lambda: errors.put(connection_error(constants.ENDPOINT)), daemon=True).start()
     try:
-        answer = answers.get(timeout=DEADLINE_S)  # looking up a host's name takes no time-out of its own
+        error = errors.get(timeout=DEADLINE_S)  # urllib's timeout does not cover the look-up of a host name
     except queue.Empty:
-        answer = f"no answer within {DEADLINE_S:g} s"
-    if answer:
-        raise OSError(answer)
-    import datasets
+        error = f"no answer within {DEADLINE_S:g} s"
+    if error:
+        raise OSError(error)
+    import datasets  # imported here: it takes seconds
 
     stream = datasets.load_dataset("abisee/cnn_dailymail", "3.0.0", split="train", streaming=True)
     return [row["article"] for row in stream.take(count)]
 
 
-def _answer_of(url):
-    """What is wrong with the host, or nothing."""
+def connection_error(url):
     try:
         urllib.request.urlopen(url, timeout=DEADLINE_S).close()
     except OSError as error:

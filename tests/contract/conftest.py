@@ -1,5 +1,6 @@
-"""What every test here shares: the environments, the models, and the report that is written at the end."""
+"""The projects' environments and processes, the referee, and the report at the end."""
 
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With pytest-xdist, one worker has all tests of a project, and so its one process."""
+    """One worker of pytest-xdist runs all tests of a project, and so starts its one process."""
     for item in items:
         if callspec := getattr(item, "callspec", None):
             item.add_marker(pytest.mark.xdist_group(callspec.params.get("project", "none")))
@@ -39,36 +40,29 @@ def referee():
 
 @pytest.fixture(scope="session")
 def tokens(referee):
-    """What the examples write in places.py."""
+    """What the examples in places.py must write."""
     ids = tuple(referee.encode(PROMPT))
-    return list(referee.goes_on(ids, NEW_TOKENS)[len(ids) :])
+    return list(referee.generate(ids, NEW_TOKENS)[len(ids) :])
 
 
 @pytest.fixture(scope="session")
 def pythons():
-    """The python of a project's environment, made when it is first asked for."""
-    made = {}
-
-    def get(project):
-        if project not in made:
-            made[project] = python_of(ROOT, project)
-        return made[project]
-
-    return get
+    """pythons(project): the python of its environment, which is made if it is missing."""
+    return cache(partial(python_of, ROOT))
 
 
 @pytest.fixture(scope="session")
 def served(pythons, tmp_path_factory):
     """served(project).ask(...): the project's example, in one process for all tests."""
-    started = {}
+    processes = {}
 
     def get(project):
-        if project not in started:
-            started[project] = Served(pythons(project), ROOT, project, tmp_path_factory.mktemp(project))
-        return started[project]
+        if project not in processes:
+            processes[project] = Served(pythons(project), ROOT, project, tmp_path_factory.mktemp(project))
+        return processes[project]
 
     yield get
-    for process in started.values():
+    for process in processes.values():
         process.close()
 
 

@@ -1,6 +1,6 @@
-"""A project on its own: a copy of its code and of the checkpoint, a home and a folder for temporary files.
+"""A project in a folder of its own: copies of its code and of the checkpoint, a home, a folder for temporary files.
 
-Its example is run there as a user would run it, and everything that a run leaves behind lies in one folder.
+Whatever a run leaves behind is in that folder.
 """
 
 import ctypes
@@ -26,18 +26,21 @@ def copy_of(project, folder):
     left_out = shutil.ignore_patterns("executables", "out*", "__pycache__")
     for name in (project, "shared"):
         shutil.copytree(ROOT / name, folder / name, ignore=left_out)
+    (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
     return folder
 
 
 class Place:
+    """Runs a project's scripts as a user would."""
+
     def __init__(self, project, python, folder):
         self.project, self.python, self.folder = project, python, folder
         self.root, self.work, self.model = copy_of(project, folder / "root"), folder / "work", folder / "model"
         self.code = {*self.root.rglob("*")}
         shutil.copytree(NANO, self.model)
         self.home, self.temporary = folder / "home", folder / "temporary"
-        for made in self.work, self.home, self.temporary:
-            made.mkdir()
+        for path in self.work, self.home, self.temporary:
+            path.mkdir()
 
     def environment(self):
         home = {"HOME": self.home, "XDG_CACHE_HOME": self.home, "QEFF_HOME": self.home / "qeff"}
@@ -68,20 +71,20 @@ class Place:
         return dict(np.load(io.BytesIO((self.work / name).read_bytes())))
 
     def forget(self):
-        """Nothing is compiled any more."""
+        """Removes everything that was compiled."""
         for folder in self.work, self.home, self.root / self.project / "executables":
             shutil.rmtree(folder, ignore_errors=True)
         self.work.mkdir()
         self.home.mkdir()
 
     def running(self):
-        """The processes that still run of those started here: each names a path in its arguments."""
+        """The ids of processes started here: each has a path of this folder in its arguments."""
         listed = subprocess.run(["ps", "-eww", "-o", "pid=,args="], capture_output=True, check=True)
         folder = f"{self.folder}/".encode()
         return [int(line.split()[0]) for line in listed.stdout.splitlines() if folder in line]
 
     def stray(self):
-        """What a run must not leave: files half-written or for a while."""
+        """What a run must not leave: temporary files."""
         found = [path for path in self.folder.rglob("*") if path not in self.code and path.is_file()]
         return [str(path) for path in found if self.temporary in path.parents or is_temporary(path.name)]
 
@@ -96,7 +99,7 @@ def ended(process):
 
 
 def imports(pid):
-    """Whether it has come to its first import that takes time: a library of a package that pip installed."""
+    """Whether it has loaded a library that pip installed: its slow imports have begun."""
     return "site-packages" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
 
 
@@ -111,7 +114,7 @@ def press_ctrl_c(process):
 
 
 def as_a_user():
-    """Root without its capabilities, in a child before it executes: permissions then bind as they bind anybody."""
+    """As preexec_fn: drops root's capabilities, so that permissions apply to root too."""
     if os.getuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
         for capability in range(CAP_LAST + 1):

@@ -1,10 +1,10 @@
-"""Runs one example script many times in one process: a line of JSON in, a line of JSON out. served.py starts it.
+"""Runs one project's scripts many times in one process: a line of JSON in, a line of JSON out. served.py starts it.
 
-    python serve.py ROOT/jax_nanogpt/sample.py
-    {"words": ["--max_new_tokens=4"], "folder": "/where/to/run"}
+    python serve.py ROOT/jax_nanogpt
+    {"script": "sample.py", "words": ["--max-new-tokens=4"], "folder": "/where/to/run"}
     {"status": 0, "stdout": "...", "stderr": "..."}
 
-Importing an engine takes seconds, running the example on a small model tenths: most tests need the second alone.
+Importing an engine takes seconds, a run on a small model tenths of one.
 """
 
 import importlib
@@ -16,9 +16,8 @@ import traceback
 from pathlib import Path
 
 
-def run(main, words, folder):
+def run(main, words):
     """(exit status, stdout, stderr) of main(words), as a process of its own would end."""
-    os.chdir(folder)
     kept = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         os.dup2(out.fileno(), 1)
@@ -39,12 +38,13 @@ def run(main, words, folder):
     return status, *texts
 
 
-def serve(script):
-    sys.path.insert(0, str(script.parents[1]))
-    main = importlib.import_module(f"{script.parent.name}.{script.stem}").main
+def serve(project):
+    sys.path.insert(0, str(project.parent))
     for line in sys.stdin:
         request = json.loads(line)
-        status, out, errors = run(main, request["words"], request["folder"])
+        os.chdir(request["folder"])
+        main = importlib.import_module(f"{project.name}.{Path(request['script']).stem}").main
+        status, out, errors = run(main, request["words"])
         print(json.dumps({"status": status, "stdout": out, "stderr": errors}), flush=True)
 
 

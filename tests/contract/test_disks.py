@@ -1,11 +1,9 @@
-"""Folders that cannot be read or written, full disks: one line that names the file, and nothing half-written.
-
-Root's own runs would prove nothing: they are made without root's capabilities, and then permissions bind root too.
-"""
+"""Folders that cannot be read or written, full disks: one line that names the file, and nothing half-written."""
 
 import resource
 import subprocess
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 
@@ -15,15 +13,14 @@ from tests.tools.examples import EXAMPLES
 
 @pytest.fixture(scope="module")
 def places(pythons, tmp_path_factory):
-    """A place for each project, where all is compiled."""
-    made = {}
+    """places(project): where everything is compiled."""
 
+    @cache
     def get(project):
-        if project not in made:
-            made[project] = Place(project, pythons(project), tmp_path_factory.mktemp(project))
-            assert made[project].run()[::2] == (0, "")
-            (made[project].work / "dump.npz").unlink()
-        return made[project]
+        place = Place(project, pythons(project), tmp_path_factory.mktemp(project))
+        assert place.run()[::2] == (0, "")
+        (place.work / "dump.npz").unlink()
+        return place
 
     return get
 
@@ -42,7 +39,7 @@ READ, WRITE = 0o444, 0o222
 
 
 def full_after(size):
-    """A disk on which no file can grow further: in a child, before it executes."""
+    """As preexec_fn: a disk on which no file can grow larger."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -51,8 +48,7 @@ def assert_refused(answer, name):
     assert status == 2 and errors.count("\n") == 1 and name in errors, errors
 
 
-def test_permissions_bind_in_these_tests(tmp_path):
-    """Else the others would prove nothing."""
+def test_permissions_apply_to_root_in_these_tests(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with without(READ, tmp_path / "file"):
         child = subprocess.run(["cat", tmp_path / "file"], preexec_fn=as_a_user, capture_output=True)
@@ -98,7 +94,7 @@ KEPT = {
 
 @pytest.mark.parametrize("project", EXAMPLES)
 def test_what_is_compiled_and_cannot_be_kept(project, pythons, tmp_path, tokens):
-    """In a folder that cannot be written, and on a disk that is full: it is an error, or the run goes on."""
+    """In a read-only folder, and on a full disk: it is an error, or the run goes on without."""
     place, kept = Place(project, pythons(project), tmp_path), tmp_path / KEPT[project]
     dump = {"dump": tmp_path / "dump.npz", "new_tokens": 2}  # and that is small enough for either
     with without(WRITE, kept if project == "jax_nanogpt" else kept.parent):

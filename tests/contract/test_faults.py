@@ -60,7 +60,7 @@ FAULTS = [
     ),
     Fault("tripy_nanogpt", SHIFTED, "model.py", "self.wpe(positions)", "self.wpe(positions + 1)"),
     Fault("tripy_nanogpt", ERF, "model.py", "gelu(self.c_fc(x))", "tp.gelu(self.c_fc(x))"),
-    Fault("tripy_nanogpt", TRANSPOSED, "weight_loader.py", "tensor.ndim == 2:", "len({*tensor.shape}) == 2:"),
+    Fault("tripy_nanogpt", TRANSPOSED, "weight_loader.py", "and tensor.ndim == 2", "and len({*tensor.shape}) == 2"),
 ]
 
 
@@ -80,9 +80,9 @@ def test_one_wrong_line_is_found_and_its_project_named(fault, referee, pythons, 
     settings = {"model": referee.folder, "prompt": SHORT.prompt, "new_tokens": SHORT.new_tokens}
     answer = ask(pythons(fault.project), root, fault.project, tmp_path, **settings)
     outcome = compare(fault.project, "gpt2-nano", SHORT, answer, referee)
-    print(*outcome.complaints, sep="\n")
+    print(*outcome.errors, sep="\n")
     # it ran to its end, and what it wrote is wrong
     assert outcome.new_tokens == SHORT.new_tokens and outcome.worst > 10 * LIMIT
-    assert "logits are up to" in outcome.complaints[-1]
-    assert all(complaint.startswith(f"{fault.project} (gpt2-nano, ") for complaint in outcome.complaints)
+    assert "logits differ by up to" in outcome.errors[-1]
+    assert all(error.startswith(f"{fault.project} (gpt2-nano, ") for error in outcome.errors)
     assert f"| {fault.project} | 1 | 24 | DISAGREES in 1 of 1 texts |" in table([outcome])

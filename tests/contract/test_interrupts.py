@@ -1,6 +1,7 @@
-"""Ctrl-C at any moment, two runs at once in one folder: one line, nothing half-written, and the next run goes on."""
+"""Ctrl-C at any moment, and two runs at once in one folder: nothing half-written, and the next run works."""
 
 import random
+import signal
 import time
 
 import numpy as np
@@ -20,7 +21,7 @@ def until_it_imports(process):
 
 
 def until_it_has_named_its_model(process):
-    """And now it reads, compiles and writes what it compiled."""
+    """And now it compiles, and writes what it compiled."""
     assert process.stdout.readline()
 
 
@@ -31,30 +32,32 @@ def until_it_writes(process):
         assert more, f"it ended too soon: {process.communicate()}"
 
 
-def assert_it_was_interrupted(status, errors):
-    lines = [line for line in errors.splitlines() if line]
-    assert status == 130 and len(lines) == 1 and lines[0].startswith("interrupted"), (status, errors)
-
-
-def assert_it_is_gone(place):
+def assert_interrupted(place, status, errors, importing=False):
+    """In silence, but that Python itself prints a traceback while the script imports its packages."""
+    if importing and errors:
+        assert status in (130, -signal.SIGINT) and "KeyboardInterrupt" in errors.splitlines()[-1], (status, errors)
+    else:
+        assert (status, errors) == (130, "")
     assert not place.stray() and not place.running()
 
 
-@pytest.mark.parametrize("project", EXAMPLES)
-def test_ctrl_c_at_every_stage_is_one_line_and_the_next_run_goes_on(project, place, tokens):
-    for stage in until_it_imports, until_it_has_named_its_model, until_it_writes:
-        long = {"jax_nanogpt": "--max_new_tokens=200"}.get(project, "--max-new-tokens=200")
-        process = place.start(long)
-        stage(process)
-        press_ctrl_c(process)
-        status, _, errors = ended(process)
-        assert_it_was_interrupted(status, errors)
-        assert_it_is_gone(place)
-        assert not (place.work / "dump.npz").exists()
+def assert_next_run_works(place, tokens):
     status, _, errors = place.run()
     assert (status, errors) == (0, "")
     assert place.dump()["tokens"].tolist() == tokens
     assert not place.stray()
+
+
+@pytest.mark.parametrize("project", EXAMPLES)
+def test_ctrl_c_at_every_stage(project, place, tokens):
+    for stage in until_it_imports, until_it_has_named_its_model, until_it_writes:
+        process = place.start("--max-new-tokens=200")
+        stage(process)
+        press_ctrl_c(process)
+        status, _, errors = ended(process)
+        assert_interrupted(place, status, errors, importing=stage == until_it_imports)
+        assert not (place.work / "dump.npz").exists()
+    assert_next_run_works(place, tokens)
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
@@ -65,8 +68,7 @@ def test_ctrl_c_ends_a_benchmark_and_what_it_started(project, place):
     wait_until(process, lambda: [*map(imports, place.running())] == [True] * processes)
     press_ctrl_c(process)
     status, _, errors = ended(process)
-    assert_it_was_interrupted(status, errors)
-    assert_it_is_gone(place)
+    assert_interrupted(place, status, errors)
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
@@ -86,19 +88,18 @@ def test_ctrl_c_at_random_moments(request, project, place, tokens, report):
             until_it_imports(process)
             time.sleep(draw.uniform(0, seconds[number % 2]))
             press_ctrl_c(process)
-        status, _, errors = ended(process)
+        status, out, errors = ended(process)
         seconds.append(time.monotonic() - start)
         ends.append(status)
         if status:
             assert number >= 0
-            assert_it_was_interrupted(status, errors)
+            assert_interrupted(place, status, errors, importing=not out)
         else:
             assert errors == "" and place.dump()["tokens"].tolist() == tokens
-        assert_it_is_gone(place)
-    status, _, errors = place.run()
-    assert (status, errors) == (0, "") and place.dump()["tokens"].tolist() == tokens
-    report("counts", f"{project}: {count} interrupts, {ends[2:].count(130)} of them before all was done")
-    assert ends.count(130) > count // 2
+    assert_next_run_works(place, tokens)
+    interrupted = count - ends[2:].count(0)
+    report("counts", f"{project}: {count} interrupts, {interrupted} of them before all was done")
+    assert interrupted > count // 2
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
@@ -109,5 +110,4 @@ def test_two_runs_at_once_in_one_folder(project, place, tokens, referee):
     given = place.dump()
     assert given["tokens"].tolist() == tokens and np.isfinite(given["logits"]).all()
     assert not place.stray()
-    status, out, errors = place.run()
-    assert (status, errors) == (0, "") and referee.text(tokens) in out
+    assert_next_run_works(place, tokens)

@@ -62,7 +62,7 @@ def check(project, model, case, referee, served, report):
     answer = served(project).ask(model=referee.folder, **settings)
     outcome = compare(project, model, case, answer, referee)
     report("parity", asdict(outcome))
-    assert not outcome.complaints, "\n".join(outcome.complaints)
+    assert not outcome.errors, "\n".join(outcome.errors)
     return outcome
 
 
@@ -85,7 +85,7 @@ def test_gpt2_nano_writes_as_in_transformers(project, case, referee, served, rep
 @pytest.mark.parametrize("case", RANDOM, ids=by_name)
 @pytest.mark.parametrize("project", EXAMPLES)
 def test_random_weights_write_as_in_transformers(project, case, random_referee, served, report):
-    """A tie that goes the other way is no failure, and stands in the report."""
+    """A tie that goes the other way is in the report, and not a failure."""
     check(project, "random", case, random_referee, served, report)
 
 

@@ -1,4 +1,4 @@
-"""No test asks a hub. Random models are tiny, and every test has a folder of its own to leave graphs in."""
+"""Random models are tiny, no test asks a hub, and each has a folder of its own for its graphs."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def _random_checkpoint(folder, layers=2, heads=2, width=32, vocab=50, positions=
         vocab_size=vocab, n_positions=positions, n_layer=layers, n_head=heads, n_embd=width, initializer_range=0.3
     )
     reference = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():  # as fresh, biases are 0 and norms 1: a loader that loses them would pass
+    with torch.no_grad():  # new biases are 0 and norms 1: a loader that loses them would pass
         for parameter in reference.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -60,12 +60,10 @@ def run(capsys):
 
     def call(*flags, script=run_model):
         try:
-            script.main(flags)
-            status = 0
-        except SystemExit as leaving:
-            status = leaving.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+            status = script.main(flags) or 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
 
     return call
 

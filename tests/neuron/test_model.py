@@ -1,12 +1,10 @@
-"""The model against transformers' GPT-2, and what tracing and padding must not change."""
+"""The model against transformers' GPT-2, and what padding and a cache must not change."""
 
-import numpy as np
 import pytest
 import torch
 
 from neuron_nanogpt import kernels, weight_loader
-from neuron_nanogpt.model import GPT, GPTConfig, count_params
-from neuron_nanogpt.run_model import Decode, padded
+from neuron_nanogpt.model import GPT, GPTConfig, count_params, init_cache
 
 pytestmark = pytest.mark.engine
 
@@ -25,14 +23,15 @@ def test_logits_are_those_of_transformers(name, random_checkpoint, tmp_path):
     gpt = weight_loader.load(tmp_path)
     torch.testing.assert_close(gpt(ids)[0], expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(kernels.prepare(gpt)(ids)[0], expected, atol=1e-4, rtol=0)
+    rough = kernels.prepare(weight_loader.load(tmp_path, torch.bfloat16))(ids)[0]
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_from_pretrained_takes_names_and_folders(tiny):
     assert GPT.from_pretrained("gpt2-nano").config.n_embd == 256
     assert GPT.from_pretrained(tiny[0], torch.bfloat16).wte.weight.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="gpt2-xl is not in the local cache"):
-        GPT.from_pretrained("gpt2-xl")
-    with pytest.raises(ValueError, match="'nowhere' is neither"):
+    with pytest.raises(ValueError, match="nowhere"):
         GPT.from_pretrained("nowhere")
 
 
@@ -41,7 +40,7 @@ def test_parameters_are_counted_as_published():
 
 
 def test_a_padded_text_has_the_logits_of_the_text(gpt, tiny):
-    """Whatever the padding is made of: under a causal mask nothing looks at it."""
+    """Whatever the padding is: under a causal mask it is not visible."""
     for length in range(1, 17):
         text = torch.randint(50, (1, length))
         for junk in torch.randint(50, (3, 16)):
@@ -52,41 +51,15 @@ def test_a_padded_text_has_the_logits_of_the_text(gpt, tiny):
 
 @pytest.mark.parametrize("prepare", [lambda gpt: gpt, kernels.prepare], ids=["functional", "in place"])
 def test_a_cached_step_has_the_logits_of_the_whole_text(prepare, gpt, tiny):
-    texts = torch.randint(50, (3, 16))
-    decode = Decode(prepare(gpt), 3)
-    for state in decode.cache:
-        state.normal_()  # what an earlier text left
-    cache = list(decode.cache)
-    ahead = torch.tensor([0, 2, 5])  # the rows need not be at the same place
+    texts, gpt = torch.randint(50, (3, 16)), prepare(gpt)
+    cache = [tensor.normal_() for tensor in init_cache(gpt.config, 3)]  # what an earlier text left
+    ahead = torch.tensor([0, 2, 5])  # rows may be at different positions
     for row in range(3):
-        made = gpt(texts[row : row + 1, :8])[1]
-        for slots, new in zip(cache, made, strict=True):
-            slots[row, :, :8] = new[0]
+        for tensor, new in zip(cache, gpt(texts[row : row + 1, :8])[1], strict=True):
+            tensor[row, :, :8] = new[0]
     for step in range(8):
         positions = ahead + step
-        tokens = texts.gather(1, positions[:, None])
-        logits, cache = gpt(tokens, cache=cache, positions=positions)
+        logits, cache = gpt(texts.gather(1, positions[:, None]), cache=cache, positions=positions)
         for row, position in enumerate(positions):
             expected = tiny[1](texts[row : row + 1, : position + 1]).logits[0, -1]
             torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
-
-
-def test_no_position_sees_a_later_one(gpt):
-    ids = torch.randint(50, (1, 16))
-    other = ids.clone()
-    other[0, 9] = (ids[0, 9] + 1) % 50
-    changed = (gpt(ids)[0] != gpt(other)[0]).any(dim=-1)[0]
-    assert not changed[:9].any() and changed[9:].all()
-
-
-def test_padded_keeps_the_end_of_a_long_text():
-    ids, length = padded([[1, 2, 3, 4, 5], [6]], 3)
-    assert ids.tolist() == [[3, 4, 5], [6, 0, 0]] and length.tolist() == [3, 1]
-
-
-def test_bfloat16_is_near(tiny, gpt):
-    ids = torch.randint(50, (1, 16))
-    exact = gpt(ids)[0]
-    rough = kernels.prepare(weight_loader.load(tiny[0], torch.bfloat16))(ids)[0]
-    assert rough.dtype == torch.float32
-    assert 0 < np.abs(rough - exact).max() < 0.05 * exact.abs().max()

@@ -1,4 +1,4 @@
-"""The hardware's path from end to end, on a stand-in that enforces what torch_neuronx documents."""
+"""The Neuron backend from end to end, on a stand-in that enforces what torch_neuronx documents."""
 
 import importlib.machinery
 import json
@@ -55,9 +55,9 @@ def test_what_is_asked_of_the_compiler(write, neuron):
 def test_other_compiler_arguments_or_targets_are_compiled_again(write, neuron):
     write()
     out, _ = write("--compiler-args=--optlevel=3")
-    assert "for compiler_args was [" in out and "--optlevel=3" in neuron.traced[-1].args
+    assert "(compiler_args was [" in out and "--optlevel=3" in neuron.traced[-1].args
     out, _ = write("--target=inf2")
-    assert "for target was trn1 and is inf2" in out and "--target=inf2" in neuron.traced[-1].args
+    assert "(target was trn1, is inf2)" in out and "--target=inf2" in neuron.traced[-1].args
 
 
 def test_a_cache_is_zeroed_before_it_is_saved(write, neuron):
@@ -97,25 +97,30 @@ def test_verify_refuses_a_device_that_rounds_to_fewer_bits(dtype, run, neuron, m
 
 
 def test_verify_notices_a_cache_that_does_not_reach_the_device(run, tiny, neuron, monkeypatch):
-    states = compiler.Neuron.states
-    monkeypatch.setattr(compiler.Neuron, "states", lambda *args: [state.clone() for state in states(*args)])
+    load = compiler.Neuron.load
+
+    def load_a_copy(*args):
+        graph, cache = load(*args)
+        return graph, [tensor.clone() for tensor in cache]
+
+    monkeypatch.setattr(compiler.Neuron, "load", load_a_copy)
     status, out, _ = run(f"--model={tiny[0]}", "--prompt=abc", "--verify")
     assert status == 1 and "NOT as expected" in out
 
 
 def test_without_a_core_or_the_real_package_auto_is_the_cpu_and_neuron_an_error(monkeypatch, neuron, tmp_path):
-    assert compiler.choose("auto", "trn1", []).name == "neuron" and compiler.choose("cpu", "trn1", []).name == "cpu"
+    assert compiler.choose().name == "neuron" and compiler.choose("cpu").name == "cpu"
     placeholder = types.ModuleType("torch_neuronx")
     placeholder.__spec__ = importlib.machinery.ModuleSpec("torch_neuronx", None)
     for reason, change in (
-        ("there is no ", lambda: monkeypatch.setattr(compiler, "DRIVER", tmp_path / "none")),
+        ("none is missing", lambda: monkeypatch.setattr(compiler, "DRIVER", tmp_path / "none")),
         ("empty placeholder", lambda: monkeypatch.setitem(sys.modules, "torch_neuronx", placeholder)),
         ("is not installed", lambda: monkeypatch.delitem(sys.modules, "torch_neuronx")),
     ):
         change()
-        assert reason in compiler.choose("auto", "trn1", []).describe()
-        with pytest.raises(ValueError, match=reason):
-            compiler.choose("neuron", "trn1", [])
+        assert reason in compiler.choose().describe()
+        with pytest.raises(ValueError, match=f"--device must be auto or cpu, got neuron: .*{reason}.* pip install"):
+            compiler.choose("neuron")
 
 
 # -- the stand-in itself: it would notice

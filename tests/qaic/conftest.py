@@ -13,20 +13,20 @@ import transformers
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from shared.tokenizer import find_model
 
-torch.set_num_threads(1)  # of toy shapes: two threads would wait for each other
+torch.set_num_threads(1)  # toy shapes: two threads would wait for each other
 transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    os.environ["QEFF_HOME"] = str(folder)  # for the scripts that tests start, too
+    os.environ["QEFF_HOME"] = str(folder)  # also for the scripts that tests start
     return folder
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory):
-    """A GPT-2 of transformers' making, with biases and norms that are not what they start as."""
+    """A random GPT-2 that transformers saves, whose biases and norms are not the initial zeros and ones."""
 
     def make(change=None, **settings):
         torch.manual_seed(0)
@@ -61,9 +61,7 @@ def nano():
 
 @pytest.fixture(scope="session")
 def nano_reference(nano):
-    model = transformers.GPT2LMHeadModel.from_pretrained(nano, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # it would end the text, or make its logit the least
-    return model
+    return transformers.GPT2LMHeadModel.from_pretrained(nano, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The card's path, against a stand-in for QEfficient that enforces the signatures of 1.23 (commit ebf55e8159c8)."""
+"""The path of a card, with a stand-in for QEfficient that enforces the signatures of 1.23 (commit ebf55e8159c8)."""
 
 import os
 import re
@@ -18,7 +18,7 @@ LISTED = "QID 0\n\tStatus:Ready\n"
 
 
 class Model:
-    """QEfficient.QEFFAutoModelForCausalLM by its signatures, and what it asks for; it compiles nothing."""
+    """QEfficient.QEFFAutoModelForCausalLM with its signatures and its demands; it compiles nothing."""
 
     calls = []
 
@@ -49,7 +49,7 @@ class Model:
         num_cores=16,
         mxfp6_matmul=False,
         mxint8_kv_cache=False,
-    ):  # QEfficient turns any other keyword into a flag of the compiler's, which knows no int8-matmul
+    ):  # QEfficient turns any other keyword into a flag of its compiler, which has no int8-matmul
         sizes = {"prefill_seq_len": prefill_seq_len, "ctx_len": ctx_len, "batch_size": batch_size}
         assert all(type(size) is int for size in sizes.values())
         self.calls.append(("compile", {**sizes, "num_cores": num_cores, "mxfp6_matmul": mxfp6_matmul}))
@@ -71,17 +71,17 @@ class Model:
 class Session:
     """QEfficient.generation.cloud_infer.QAICInferenceSession: buffers must be skipped and set before a run.
 
-    It answers from transformers: with the logits behind each row's largest position of all that it was given so far.
+    Its logits are transformers', after each row's largest position of all that the session has read.
     """
 
     compiled = None
-    off_by = 0  # positions, which a card that is wrong would be
+    off_by = 0  # positions: the fault of a wrong card
 
     def __init__(self, qpc_path, device_ids=None, activate=True, enable_debug_logs=False):
         folder, sizes = self.compiled
         self.model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
         config, batch = self.model.config, sizes["batch_size"]
-        self.seen = np.full((batch, sizes["ctx_len"]), -1)  # ids
+        self.read = np.full((batch, sizes["ctx_len"]), -1)  # ids
         caches = [f"past_{kind}.{layer}" for layer in range(config.n_layer) for kind in ("key", "value")]
         self.input_names = ["input_ids", "position_ids", *caches]
         self.output_names = ["logits", *(f"{name}_RetainedState" for name in caches)]
@@ -108,11 +108,11 @@ class Session:
         logits = self.buffers["logits"]
         assert logits.dtype == np.float32
         for row, places in enumerate(positions):
-            self.seen[row, places[places >= 0]] = ids[row, places >= 0]
+            self.read[row, places[places >= 0]] = ids[row, places >= 0]
             last = places.max()
             if last >= 0:
-                text = self.seen[row, : last + 1]
-                assert (text >= 0).all()  # each position before the last was given
+                text = self.read[row, : last + 1]
+                assert (text >= 0).all()  # no position before the last was left out
                 with torch.no_grad():
                     logits[row, 0] = self.model(torch.tensor(text[None])).logits[0, max(last - self.off_by, 0)]
         return {"logits": logits}
@@ -120,7 +120,7 @@ class Session:
 
 @pytest.fixture
 def sdk(tmp_path, monkeypatch):
-    """A machine with the SDK, QEfficient and a card, as far as this project can see."""
+    """All that this project looks for on a machine with the SDK, QEfficient and a card."""
     for name in ("exec/qaic-compile", f"dev/lib/{backend.platform.machine()}/qaicrt.so"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("", encoding="utf-8")
@@ -144,19 +144,17 @@ def sdk(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(monkeypatch, capsys, *flags):
-    monkeypatch.setattr(sys, "argv", ["example.py", "--model=gpt2-nano", *flags])
-    status = 0
+def run(capsys, *flags):
     try:
-        example.main()
+        status = example.main(["--model=gpt2-nano", *flags])
     except SystemExit as exit:
         status = exit.code
-    return status, capsys.readouterr()
+    return status or 0, capsys.readouterr()
 
 
-def test_qefficient_serves_where_a_card_answers(sdk, monkeypatch, capsys):
+def test_qefficient_runs_if_a_card_is_ready(sdk, capsys):
     assert backend.choose() is backend.QEFFAutoModelForCausalLM is Model
-    status, printed = run(monkeypatch, capsys, "--prompt=Hi", "--prompt=", "--max-new-tokens=9", "--mxfp6-matmul")
+    status, printed = run(capsys, "--prompt=Hi", "--prompt=", "--max-new-tokens=9", "--mxfp6-matmul")
     assert status == 0, printed.err
     assert printed.out.startswith("gpt2-nano (3.6M parameters) on qaic: QEfficient 1.23.0.dev0\n")
     assert Model.calls == [
@@ -171,39 +169,40 @@ def test_qefficient_serves_where_a_card_answers(sdk, monkeypatch, capsys):
     assert "\nHi a text" in printed.out and "-" * 15 + "\n a text" in printed.out
 
 
-def test_a_card_is_not_asked_where_the_cpu_was_named(sdk, monkeypatch, capsys):
-    status, printed = run(monkeypatch, capsys, "--device=cpu", "--max-new-tokens=3")
+def test_no_card_is_used_if_the_cpu_is_requested(sdk, capsys):
+    status, printed = run(capsys, "--device=cpu", "--max-new-tokens=3")
     assert status == 0 and "on cpu: onnxruntime" in printed.out and Model.calls == []
 
 
 @pytest.mark.parametrize(
-    ("flag", "complaint"),
+    ("flag", "message"),
     [
-        ("--dump=d.npz", "dump must not be set on a card, got d.npz: QEfficient is greedy, without logits"),
-        ("--temperature=0.5", "temperature must not be set on a card, got 0.5"),
-        ("--ignore-eos", "ignore_eos must not be set on a card, got True"),
-        ("--dtype=int8", "dtype must be float32 or float16 on a card, got int8"),
+        ("--dump=d.npz", "--dump must not be set on a card: QEfficient is greedy, and returns no logits"),
+        ("--temperature=0.5", "--temperature must not be set on a card"),
+        ("--ignore-eos", "--ignore-eos must not be set on a card"),
+        ("--dtype=int8", "--dtype must be float32 or float16 on a card, got int8"),
     ],
 )
-def test_what_qefficient_cannot_serve_is_refused(sdk, monkeypatch, capsys, flag, complaint):
-    status, printed = run(monkeypatch, capsys, flag)
-    assert status == 2 and complaint in printed.err and printed.err.count("\n") == 1 and Model.calls == []
+def test_flags_that_qefficient_lacks_are_refused(sdk, capsys, flag, message):
+    status, printed = run(capsys, flag)
+    assert status == 2 and message in printed.err and printed.err.count("\n") == 1 and Model.calls == []
 
 
-def test_generation_ends_at_the_contexts_end_on_a_card_too(sdk, monkeypatch, capsys):
-    """QEfficient itself would go on past it, with a warning."""
-    status, _ = run(monkeypatch, capsys, "--prompt=Hi", "--max-new-tokens=100", "--ctx-len=64")
+def test_generation_ends_with_the_context_on_a_card_too(sdk, capsys):
+    """QEfficient itself would continue, with a warning."""
+    status, _ = run(capsys, "--prompt=Hi", "--max-new-tokens=100", "--ctx-len=64")
     assert status == 0 and Model.calls[-1][1]["generation_len"] < 64
 
 
-def test_what_the_compiler_says_is_one_line(sdk, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["compile", "generate"])
+def test_an_error_of_qefficient_is_one_line(sdk, monkeypatch, capsys, name):
     def fails(self, **settings):
         raise RuntimeError("Compilation failed!\nCompiler exitcode: 1\nCompiler stderr:\nunsupported version")
 
-    monkeypatch.setattr(Model, "compile", fails)
-    status, printed = run(monkeypatch, capsys)
+    monkeypatch.setattr(Model, name, fails)
+    status, printed = run(capsys)
     assert status == 2 and printed.err.count("\n") == 1
-    assert printed.err.startswith("QEfficient: Compilation failed!") and "unsupported version" in printed.err
+    assert "QEfficient: Compilation failed!" in printed.err and "unsupported version" in printed.err
 
 
 @pytest.mark.parametrize(("off_by", "status"), [(0, 0), (1, 1)])
@@ -211,7 +210,7 @@ def test_verify_compares_the_cards_session_with_the_cpu(sdk, monkeypatch, capsys
     """Prompts of several chunks and of unequal lengths."""
     monkeypatch.setattr(Session, "off_by", off_by)
     prompts = ["--prompt=" + "Hi there!! " * 8, "--prompt=ROMEO:", "--prompt=" + "To be, or not to be" * 3]
-    ended, printed = run(monkeypatch, capsys, "--verify", *prompts, "--prefill-seq-len=8")
+    ended, printed = run(capsys, "--verify", *prompts, "--prefill-seq-len=8")
     assert ended == status, printed.err
     assert ("NOT as expected" if status else ": as expected") + " (up to 0.01)" in printed.out
     apart = float(re.search(r"within (\S+) of", printed.out)[1])
@@ -219,33 +218,33 @@ def test_verify_compares_the_cards_session_with_the_cpu(sdk, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("gone", "complaint"),
+    ("gone", "message"),
     [
         ("QEfficient", "QEfficient is not installed: pip install -r requirements.txt"),
-        ("exec/qaic-compile", "exec/qaic-compile is not there: install the Cloud AI Apps SDK, https://"),
-        (f"dev/lib/{backend.platform.machine()}/qaicrt.so", "holds no qaicrt: install the Cloud AI Platform SDK"),
+        ("exec/qaic-compile", "exec/qaic-compile is missing: install the Cloud AI Apps SDK, https://"),
+        (f"dev/lib/{backend.platform.machine()}/qaicrt.so", "has no qaicrt: install the Cloud AI Platform SDK"),
         ("tools/qaic-util", "qaic-util -q fails (FileNotFoundError)"),
     ],
 )
-def test_what_is_missing_is_named_with_what_to_install(sdk, monkeypatch, capsys, gone, complaint):
+def test_a_missing_package_is_named_with_its_install_command(sdk, monkeypatch, capsys, gone, message):
     if gone == "QEfficient":
         monkeypatch.delitem(sys.modules, "QEfficient")
     else:
         (sdk / gone).unlink()
-    status, printed = run(monkeypatch, capsys, "--device=qaic")
-    assert status == 2 and complaint in printed.err and printed.err.count("\n") == 1
+    status, printed = run(capsys, "--device=qaic")
+    assert status == 2 and message in printed.err and printed.err.count("\n") == 1
     assert backend.choose() is auto_model.QEFFAutoModelForCausalLM
 
 
-@pytest.mark.parametrize(("script", "complaint"), [("exit 1", "lists no card"), ("echo Status:Error", "lists no card")])
-def test_a_card_that_is_not_ready_is_no_card(sdk, script, complaint):
+@pytest.mark.parametrize("script", ["exit 1", "echo Status:Error"])
+def test_a_card_that_is_not_ready_is_refused(sdk, script):
     (sdk / "tools/qaic-util").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match="lists no card"):
         backend.choose("qaic")
 
 
 def test_onnxruntime_reports_to_nobody(tmp_path):
-    """It would begin by a file of its own among the temporary ones."""
+    """Its telemetry begins with a file in the temporary folder."""
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(backend.__file__).parents[1])}
     environment.pop("ORT_DISABLE_TELEMETRY", None)
     subprocess.run([sys.executable, "-c", "import qaic_gpt2.runtime"], env=environment, check=True)

@@ -1,5 +1,6 @@
 """How each project's example is asked for a text: for make demo, make bench and tests/contract."""
 
+import fcntl
 import io
 import os
 import subprocess
@@ -60,7 +61,9 @@ def python_of(root: Path, project: str) -> Path:
     python = root / ".tox" / env / "bin" / "python"
     if not python.exists():
         print(f" (its environment is being made, in .tox/{env}: a minute or two)", flush=True)
-    made = subprocess.run([sys.executable, "-m", "tox", "run", "-qq", "--notest", "-e", env], cwd=root)
+    with (root / ".tox" / f"{env}.lock").open("wb") as lock:  # tox does not expect to run twice at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = subprocess.run([sys.executable, "-m", "tox", "run", "-qq", "--notest", "-e", env], cwd=root)
     if made.returncode:
         raise Failed(f"FAILED to make its environment (tox run -e {env})")
     return python

@@ -1,11 +1,11 @@
-"""Plants one fault at a time in a copy of the repository, and expects the tests to notice each.
+"""Mutation testing: puts one fault at a time into a copy of the repository, and expects tests to fail.
 
     make mutants                                          # all
     make mutants MUTANTS="--env jax"                      # one environment's
-    make mutants MUTANTS="--env qaic --about throughput"  # those whose description has this word
+    make mutants MUTANTS="--env qaic --about throughput"  # those with this word in their description
 
 The faults are in tests/*/mutants*.toml: the file, the text to replace, what replaces it, and the narrowest tests that
-should fail. A fault that no test can notice says why, in `survives`.
+should fail. For a fault that no test can notice, `survives` says why.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from queue import SimpleQueue
 
 import tomllib
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conventions.rules import ROOT, files
+
 LIMIT_S = 300  # a fault can make a test run forever
 
 
@@ -56,38 +57,33 @@ def read_mutants(root: Path) -> list[Mutant]:
 
 
 def copy_repository(root: Path, copy: Path) -> Path:
-    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
-    for name in filter(None, listed.split("\0")):
-        if (root / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(root / name, copy / name)
+    for name in files(root):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, copy / name)
     (copy / ".tox").symlink_to(root / ".tox")
     return copy
 
 
 def run_tests(python: Path, copy: Path, tests: str) -> tuple[int, str]:
     """pytest's exit status in the copy, and the end of what it printed."""
-    # no .pyc: Python knows one by size and second, and a fault may share both with the line that it replaces
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TOX_SKIP_ENV_INSTALL": "1"}
+    # no .pyc: Python compares its source's size and time in seconds, and a fault may have both of the original
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TOX_SKIP_ENV_INSTALL": "1"}
     command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     try:
-        run = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=LIMIT_S
-        )
+        run = subprocess.run(command, cwd=copy, env=env, capture_output=True, encoding="utf-8", timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        return 1, f"no end in {LIMIT_S} s"
+        return 1, f"still running after {LIMIT_S} s"
     return run.returncode, run.stdout[-2000:] + run.stderr[-1000:]
 
 
 def outcome_of(mutant: Mutant, status: int) -> str:
-    """pytest exits with 1 if tests failed; 2 to 5 mean that it ran none, which says nothing about the fault."""
+    """pytest exits with 1 if tests failed; with 2 to 5 if it could not run them."""
     outcome = {0: "survived", 1: "killed"}.get(status, "broken")
     return "explained" if outcome == "survived" and mutant.survives else outcome
 
 
 def try_one(copies: SimpleQueue, env: str, tests: str, mutant: Mutant | None) -> tuple[int, str, float]:
-    """(exit status, output, seconds) of these tests, with the fault in a copy that no other thread uses."""
+    """(exit status, output, seconds) of these tests with the fault, in a copy that no other thread uses."""
     copy, start = copies.get(), time.perf_counter()
     try:
         if mutant:
@@ -100,7 +96,7 @@ def try_one(copies: SimpleQueue, env: str, tests: str, mutant: Mutant | None) ->
 
 
 def try_all(mutants: list[Mutant], jobs: int, scratch: Path) -> Counter:
-    """Counts of (env, outcome), a line printed for each."""
+    """Counts of (env, outcome); prints a line for each fault."""
     copies = SimpleQueue()
     for job in range(jobs):
         copies.put(copy_repository(ROOT, scratch / str(job)))
@@ -122,14 +118,12 @@ def try_all(mutants: list[Mutant], jobs: int, scratch: Path) -> Counter:
 
 
 def report(counts: Counter) -> str:
-    """A line an environment, and one for all: jax: 3 killed of 4 (75%), 1 survived."""
+    """A line for each environment: jax: 3 killed of 4, 1 survived."""
     lines = []
-    for env in [*sorted({env for env, _ in counts}), "all"]:
-        own = Counter()
-        for (name, outcome), count in counts.items():
-            own[outcome] += count if env in (name, "all") else 0
-        others = "".join(f", {own[name]} {name}" for name in ("survived", "explained", "broken") if own[name])
-        lines.append(f"{env}: {own['killed']} killed of {own.total()} ({own['killed'] / own.total():.0%}){others}")
+    for env in sorted({env for env, _ in counts}):
+        own = {outcome: counts[env, outcome] for outcome in ("killed", "survived", "explained", "broken")}
+        others = "".join(f", {count} {outcome}" for outcome, count in own.items() if count and outcome != "killed")
+        lines.append(f"{env}: {own['killed']} killed of {sum(own.values())}{others}")
     return "\n".join(lines)
 
 

@@ -1,12 +1,11 @@
-"""The fastest that a device could be, from its datasheet: the roofline of decoding and of prefill, one text at a time.
+"""The highest tokens/s that a device's datasheet allows (its roofline), for one text at a time.
 
-    python tests/tools/roofline.py
+    python -m tests.tools.roofline
 
 A step takes at least the time to move its bytes to or from the device's memory, and at least the time to multiply; the
-longer of the two is the limit. Weights are read once a step, all of them in the given precision, but not the position
-embeddings, of which each token reads a row. Decoding also reads the keys and values of the tokens before it, prefill
-writes them. A device that keeps weights and cache on the chip from step to step can be faster than its memory: where
-they would fit there, the limit is marked with a *.
+longer of the two is the limit. Each step reads all weights once, in the given precision, but of the position embeddings
+only one row per token. Decode also reads the KV cache; prefill writes it. A device that keeps weights and cache in
+on-chip memory from step to step can be faster than its main memory: a * marks where they would fit.
 """
 
 from typing import NamedTuple
@@ -23,8 +22,8 @@ class Model(NamedTuple):
 class Device(NamedTuple):
     name: str
     bandwidth: float  # bytes/s
-    on_chip: float  # bytes of its largest memory on the chip
-    flops: dict[str, float]  # FLOP/s of matrix products by precision, dense: half of what is given "with sparsity"
+    on_chip: float  # bytes of its largest on-chip memory
+    flops: dict[str, float]  # dense FLOP/s by precision: half of the datasheet's figure "with sparsity"
     source: str
 
 
@@ -40,14 +39,14 @@ WEIGHT_BYTES = {"float32": 4, "tf32": 4, HALF: 2, "float16": 2, "int8": 1, "floa
 CACHE_BYTES = {"float32": 4, "tf32": 4}  # 2 in the others
 
 _HOPPER = {"float32": 67e12, "tf32": 494.7e12, HALF: 989.4e12, "int8": 1978.9e12, "float8": 1978.9e12}
-_HOPPER |= {"int4": 989.4e12}  # weights alone: there are no products of int4
+_HOPPER |= {"int4": 989.4e12}  # int4 is a format of weights only: they are multiplied in float16
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
 _NEURON = "https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware"
 _QUALCOMM = "https://quic.github.io/cloud-ai-sdk-pages/latest/Getting-Started/Architecture"
 DEVICES = [
     Device("H100 SXM", 3.35e12, 50e6, _HOPPER, f"{_NVIDIA}/h100/"),
     Device("H200 SXM", 4.8e12, 50e6, _HOPPER, f"{_NVIDIA}/h200/"),
-    # half of a chip: that has 820 GB/s; 190 TFLOP/s in BF16, FP16, TF32 and cFP8, 47.5 in FP32, 380 TOP/s in INT8
+    # half of a chip, which has 820 GB/s; 190 TFLOP/s in BF16, FP16, TF32 and cFP8, 47.5 in FP32, 380 TOP/s in INT8
     Device(
         "Trainium: one NeuronCore-v2",
         820e9 / 2,
@@ -55,7 +54,7 @@ DEVICES = [
         {"float32": 47.5e12 / 2, "tf32": 190e12 / 2, HALF: 190e12 / 2, "int8": 380e12 / 2, "float8": 190e12 / 2},
         f"{_NEURON}/trainium.html",
     ),
-    # an eighth of a chip: that has 2.9 TB/s; 667 TFLOP/s in BF16, FP16 and TF32, 181 in FP32, 1,299 in FP8
+    # an eighth of a chip, which has 2.9 TB/s; 667 TFLOP/s in BF16, FP16 and TF32, 181 in FP32, 1,299 in FP8
     Device(
         "Trainium2: one NeuronCore-v3",
         2.9e12 / 8,
@@ -69,15 +68,13 @@ DEVICES = [
 ]
 
 
-def devices(here: "dict | None" = None) -> list[Device]:
-    """With this CPU, where it was measured. What its caches would keep, the measured bandwidth does not know."""
-    if here is None:
-        return DEVICES
+def devices(here: dict) -> list[Device]:
+    """DEVICES and this CPU, as bench.machine measured it. Its caches are not modelled."""
     return [*DEVICES, Device("this CPU, measured", here["bandwidth"], 0, {"float32": here["float32"]}, here["cpu"])]
 
 
 def work(model: Model, precision: str) -> dict[str, tuple[float, float]]:
-    """{"decode" or "prefill": (bytes, FLOPs)} of one step: a token behind half a context, or that half context."""
+    """{"decode" or "prefill": (bytes, FLOPs)} of one step: half a context, or the token after it."""
     _, V, context, L, C = model
     T = context // 2
     matrices = 12 * L * C * C
@@ -85,7 +82,10 @@ def work(model: Model, precision: str) -> dict[str, tuple[float, float]]:
     cache = CACHE_BYTES.get(precision, 2) * 2 * L * C * T
     return {
         "decode": (weights + cache, 2 * (matrices + V * C) + 4 * L * C * (T + 1)),
-        "prefill": (weights + cache, 2 * (matrices * T + V * C) + 2 * L * C * T * (T + 1)),  # the head reads one row
+        "prefill": (
+            weights + cache,
+            2 * (matrices * T + V * C) + 2 * L * C * T * (T + 1),
+        ),  # the head multiplies one row
     }
 
 
@@ -99,16 +99,14 @@ def rows(devices: list[Device]) -> list[dict]:
                     tokens = 1 if what == "decode" else model.context // 2
                     found.append(
                         {"device": device.name, "precision": precision, "model": model.name, "work": what}
-                        | {"bytes": round(size), "flops": round(operations), "ms": 1e3 * max(move, multiply)}
                         | {"limit": "memory" if move >= multiply else "arithmetic"}
                         | {"tokens_per_s": tokens / max(move, multiply), "fits_on_chip": size <= device.on_chip}
-                        | {"source": device.source}
                     )
     return found
 
 
-def table(rows: list[dict], models: "list[str] | None" = None) -> str:
-    """Limits in tokens/s; m: by memory, a: by arithmetic."""
+def table(rows: list[dict], models: list[str] | None = None) -> str:
+    """Markdown: limits in tokens/s; m: by memory bandwidth, a: by arithmetic."""
     columns = [(what, name) for what in ("decode", "prefill") for name in models or [model.name for model in MODELS]]
     lines = [
         f"| at most, in tokens/s | precision | {' | '.join(f'{what} {name}' for what, name in columns)} |",
@@ -116,22 +114,22 @@ def table(rows: list[dict], models: "list[str] | None" = None) -> str:
     ]
     cells = {((row["device"], row["precision"]), (row["work"], row["model"])): row for row in rows}
     for device, precision in dict.fromkeys(line for line, _ in cells):
-        told = (cells[(device, precision), column] for column in columns)
-        shown = (f"{short(row['tokens_per_s'])} {row['limit'][0]}{'*' * row['fits_on_chip']}" for row in told)
+        limits = (cells[(device, precision), column] for column in columns)
+        shown = (f"{short(row['tokens_per_s'])} {row['limit'][0]}{'*' * row['fits_on_chip']}" for row in limits)
         lines.append(f"| {device} | {precision} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
 def short(number: float) -> str:
-    """Three digits: 5,510,000 is 5.51M."""
+    """Three digits or four: 54,202 is 54.2k."""
     for size, letter in (1e6, "M"), (1e3, "k"):
         if number >= 9.995 * size:
             return f"{number / size:,.{int(number < 99.95 * size)}f}{letter}"
     return f"{number:,.0f}"
 
 
-def table_of_work() -> str:
-    """The bytes and FLOPs behind the limits."""
+def page(devices: list[Device]) -> str:
+    """Markdown: the limits, the bytes and FLOPs that they come from, and the sources."""
     lines = [
         "| one step | MB in float32 | in 2 bytes | in 1 byte | in int4 | GFLOP to decode | GFLOP of prefill |",
         "|---|---|---|---|---|---|---|",
@@ -140,12 +138,9 @@ def table_of_work() -> str:
         sizes = (f"{work(model, name)['decode'][0] / 1e6:,.1f}" for name in ("float32", "float16", "int8", "int4"))
         operations = (f"{flops / 1e9:,.3g}" for _, flops in work(model, "float32").values())
         lines.append(f"| {model.name} | {' | '.join(sizes)} | {' | '.join(operations)} |")
-    return "\n".join(lines) + "\n"
-
-
-def sources(devices: list[Device]) -> str:
-    return "".join(f"- {device.name}: {device.bandwidth / 1e9:,.1f} GB/s; {device.source}\n" for device in devices)
+    sources = [f"- {device.name}: {device.bandwidth / 1e9:,.1f} GB/s; {device.source}" for device in devices]
+    return "\n".join([__doc__.strip(), "", table(rows(devices)), *lines, "", *sources]) + "\n"
 
 
 if __name__ == "__main__":
-    print(f"{table(rows(DEVICES))}\n{table_of_work()}\n{sources(DEVICES)}", end="")
+    print(page(DEVICES), end="")

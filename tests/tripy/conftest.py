@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 
@@ -10,8 +11,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from shared.tokenizer import find_model
-from tripy_nanogpt.device import choose_device
-from tripy_nanogpt.engine import load_engine
+from tripy_nanogpt import example
+from tripy_nanogpt.engine import load
 from tripy_nanogpt.quantization import modelopt_quantize
 
 SHAPE = {"n_positions": 16, "vocab_size": 60, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -31,18 +32,6 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def reference(tiny):
-    """ids -> transformers' float32 logits at each position, (T, V)."""
-    model = GPT2LMHeadModel.from_pretrained(tiny, dtype=torch.float32).eval()
-
-    def logits(ids):
-        with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0].numpy()
-
-    return logits
-
-
-@pytest.fixture(scope="session")
 def executables(tmp_path_factory):
     return tmp_path_factory.mktemp("executables")
 
@@ -54,12 +43,12 @@ def dtype(request):
 
 @pytest.fixture(scope="session")
 def engine(tiny, executables, dtype):
-    return load_engine(tiny, dtype, choose_device("auto"), folder=executables)
+    return load(tiny, dtype, executables=executables)
 
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory):
-    """The folder of a random GPT-2 of 128 channels, which int4 has a block for, with gpt2-nano's tokenizer."""
+    """The folder of a random GPT-2 of width 128, which int4 has a block for, with gpt2-nano's tokenizer."""
     folder = tmp_path_factory.mktemp("wide")
     torch.manual_seed(1)
     config = GPT2Config(n_positions=32, vocab_size=1408, n_layer=2, n_head=2, n_embd=128, initializer_range=0.1)
@@ -69,25 +58,44 @@ def wide(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def main(executables, monkeypatch):
+    """example.main, with the executables of these tests."""
+    monkeypatch.setattr(example, "load", partial(load, executables=executables))
+    return example.main
+
+
+@pytest.fixture
+def refused(capsys):
+    """main, flags -> the one line of a run that ends with status 2 and prints nothing else."""
+
+    def run(main, *flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([*map(str, flags)])
+        printed = capsys.readouterr()
+        assert caught.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+        return printed.err.rstrip("\n")
+
+    return run
+
+
 @pytest.fixture(scope="session")
-def fake_quantized(wide):
-    """mode -> the model as ModelOpt has quantized it: what it computes is the truth for ours.
+def modelopt(wide):
+    """mode -> the model as ModelOpt has quantized it: the reference for ours. Its `calibrated` holds the samples."""
+    quantized = {}
 
-    Its attribute `calibrated` has the samples that it was given for that.
-    """
-    kept = {}
-
-    def quantized(mode):
-        if mode not in kept:
+    def quantize(mode):
+        if mode not in quantized:
             model, samples = GPT2LMHeadModel.from_pretrained(wide, dtype=torch.float32).eval(), set()
 
             def note(model, args, given):
                 samples.update(map(tuple, given["input_ids"].tolist()))
 
             hook = model.register_forward_pre_hook(note, with_kwargs=True)
-            kept[mode] = modelopt_quantize(model, mode)
-            kept[mode].calibrated = samples
+            quantized[mode] = modelopt_quantize(model, mode)
+            quantized[mode].calibrated = samples
             hook.remove()
-        return kept[mode]
+        return quantized[mode]
 
-    return quantized
+    return quantize

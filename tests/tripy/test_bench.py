@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import GPT2LMHeadModel
 
-from tripy_nanogpt import bench, tripy_cpu
-from tripy_nanogpt.device import choose_device
-from tripy_nanogpt.engine import load_engine
+from tripy_nanogpt import bench, bench_report, tripy_cpu
+from tripy_nanogpt.bench_report import Report, Work
+from tripy_nanogpt.engine import load
 
 pytestmark = pytest.mark.skipif(not tripy_cpu.ENGINE, reason="TensorRT is here: what is printed names the CPU")
 
@@ -35,23 +35,23 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(bench_report, "time", clock)
     return clock
 
 
 @pytest.fixture
-def report(clock, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "bandwidth", lambda: 2e9)
-    return bench.Report("cpu: an engine")
+def report(clock, monkeypatch, request):
+    monkeypatch.setattr(bench_report, "bandwidth", lambda: 2e9)
+    return Report(getattr(request, "param", "cpu: an engine"))
 
 
 def test_a_rate_is_the_median_call_and_the_ratio_the_median_pair(report, clock):
     calls = []
     ours = clock.takes(9, 1, 2, 4, 2, 10, log=calls, name="ours")
     peer = clock.takes(30, 4, 4, 4, 6, 10, log=calls, name="peer")
-    report.add("decode", "a model", "float32", 16, 8, ours, peer, read=10**9)
+    report.add(Work("decode", "a model", "float32", 16, 8), ours, peer, read=10**9)
     (row,) = report.results
-    assert calls == ["ours", "peer"] * 6  # the first of each is apart
+    assert calls == ["ours", "peer"] * 6  # the first of each is not counted
     assert row["tokens_per_s"] == 8 / 2
     assert row["peer"] == {"name": "transformers", "tokens_per_s": 8 / 4}
     assert row["ratio"] == 2  # of 4/1, 4/2, 4/4, 6/2 and 10/10
@@ -60,30 +60,24 @@ def test_a_rate_is_the_median_call_and_the_ratio_the_median_pair(report, clock):
     assert (row["prompt_tokens"], row["new_tokens"], row["batch"]) == (16, 8, 1)
 
 
-def test_a_first_token_is_a_time_and_prefill_counts_the_prompt(report, clock):
-    report.add("prefill", "a model", "float32", 16, 1, clock.takes(1, *[0.5] * 5))
+@pytest.mark.parametrize("report", ["an NVIDIA GPU: an engine"], indirect=True)
+def test_a_first_token_is_a_time_prefill_counts_the_prompt_and_bandwidth_is_of_the_cpu(report, clock):
+    report.add(Work("prefill", "a model", "float32", 16, 1), clock.takes(1, *[0.5] * 5), read=10**9)
     (row,) = report.results
     assert row["tokens_per_s"] == 16 / 0.5 and row["ttft_ms"] == 500
     assert row["peer"] is row["ratio"] is row["mbu"] is None
-
-
-def test_bandwidth_is_of_the_cpu_only(clock, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "bandwidth", lambda: 2e9)
-    report = bench.Report("an NVIDIA GPU: an engine")
-    report.add("decode", "a model", "float32", 16, 8, clock.takes(*[1] * 6), read=10**9)
-    row = report.results[0]
-    assert row["mbu"] is None and (row["device"], row["engine"]) == ("an NVIDIA GPU", "an engine")
+    assert (row["device"], row["engine"]) == ("an NVIDIA GPU", "an engine")
 
 
 def test_bandwidth_is_the_bytes_of_the_fastest_read(monkeypatch):
     read, times = [], [3.0, 1.0, *[2.0] * 8]
 
-    def seconds(call):
+    def time_s(call):
         read.append(call.__self__.nbytes)
         return times.pop(0)
 
-    monkeypatch.setattr(bench, "seconds", seconds)
-    assert bench.bandwidth() == 2**28 and read == [2**28] * 10
+    monkeypatch.setattr(bench_report, "time_s", time_s)
+    assert bench_report.bandwidth() == 2**28 and read == [2**28] * 10
 
 
 def test_a_first_token_is_of_a_process_cold_and_then_warm(report, clock, monkeypatch, wide, tmp_path):
@@ -94,7 +88,7 @@ def test_a_first_token_is_of_a_process_cold_and_then_warm(report, clock, monkeyp
         clock.now += takes[len(commands) - 1]
 
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run))
-    bench.first_tokens(report, "a model", wide, tmp_path)
+    bench.bench_first_token(report, "a model", wide, tmp_path)
     rows = [(row["work"], row["ttft_ms"]) for row in report.results]
     assert rows == [("first_token_cold", 3000), ("first_token_warm", 2000)]
     assert commands[0] == commands[1]
@@ -109,8 +103,8 @@ def test_a_first_token_is_of_a_process_cold_and_then_warm(report, clock, monkeyp
 def test_the_last_line_is_a_json_document_with_a_row_for_each_work(wide, clock, monkeypatch, capsys):
     ticks = iter(range(10**6))
     monkeypatch.setattr(clock, "perf_counter", lambda: next(ticks))  # each call takes a second
-    monkeypatch.setattr(bench, "bandwidth", lambda: 1e6)  # so small that rounding hides no byte of the cache
-    monkeypatch.setattr(bench, "PAIRS", 1)
+    monkeypatch.setattr(bench_report, "bandwidth", lambda: 1e6)  # so small that rounding hides no byte of the cache
+    monkeypatch.setattr(bench_report, "PAIRS", 1)
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=lambda *_, **__: None))
     bench.main([f"--model={wide}", "--new-tokens=4"])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -131,33 +125,26 @@ def test_the_last_line_is_a_json_document_with_a_row_for_each_work(wide, clock, 
     assert peers == {"prefill", "decode", "decode_no_cache"}
     model = GPT2LMHeadModel.from_pretrained(wide)
     weights = sum(parameter.nbytes for parameter in model.parameters()) - model.transformer.wpe.weight.nbytes
-    cache = 4 * 2 * 2 * 32 * 128  # keys and values of 2 layers at 32 positions of 128 channels
+    cache = 4 * 2 * 2 * 32 * 128  # keys and values of 2 layers at 32 positions of width 128
     assert rows["decode"]["mbu"] == round((weights + cache) * 4 / 1e6, 3)
     assert {row["device"] for row in rows.values()} == {"cpu"}
 
 
-def test_ours_and_the_peer_write_as_many_tokens_as_asked(wide, executables):
-    engine = load_engine(wide, "float32", choose_device("auto"), folder=executables)
-    ids = list(range(16))
-    for cached in True, False:
-        theirs = bench.load_reference(wide)(ids, 5, cached)[0].tolist()
-        assert [token for token, _ in bench.make_text(engine, ids, 5, cached)] == theirs[16:]
+@pytest.mark.parametrize("cached", [True, False])
+def test_ours_and_the_peer_write_the_tokens_that_were_asked(wide, executables, cached):
+    engine, ids = load(wide, "float32", executables=executables), list(range(16))
+    assert bench.make_text(engine, ids, 5, cached) == bench.load_reference(wide)(ids, 5, cached)[0].tolist()[16:]
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("flags", "message"),
     [
-        (["--new-tokens=1"], "--new-tokens is 1, 2 or more is expected"),
-        (["--new-tokens=241"], "--new-tokens is 241, at most 240 fit behind 16 tokens"),
+        (["--model=gpt2-nano", "--new-tokens=1"], "--new-tokens must be 2 or more, got 1"),
+        (["--model=gpt2-nano", "--new-tokens=241"], "--new-tokens must be at most 240 after 16 tokens, got 241"),
         (["--model=nowhere"], "'nowhere'"),
         (["--random=gpt5"], "--random"),
-        (["--device=gpu"], "--device is gpu"),
+        (["--model=gpt2-nano", "--device=gpu"], "--device must be auto or cpu without TensorRT"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(flags, complaint, capsys):
-    more = [] if flags[0].startswith(("--random", "--model")) else ["--model=gpt2-nano"]
-    with pytest.raises(SystemExit) as caught:
-        bench.main([*more, *flags])
-    printed = capsys.readouterr()
-    assert caught.value.code == 2 and printed.out == ""
-    assert complaint in printed.err and printed.err.count("\n") == 1
+def test_a_mistake_is_one_line_and_status_2(flags, message, refused):
+    assert message in refused(bench.main, *flags)

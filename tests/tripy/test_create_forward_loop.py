@@ -18,7 +18,7 @@ TOKENIZER = load_tokenizer(NANO)
 
 
 class Recorder(torch.nn.Module):
-    """A model that notes what it is given."""
+    """A model that records its inputs."""
 
     def __init__(self, n_positions=32):
         super().__init__()
@@ -84,7 +84,8 @@ def test_transformers_tokenizer_gives_the_same(tmp_path):
 def test_without_a_network_the_text_is_the_repositorys_and_none_that_is_held_out():
     rows, said, _ = samples("cnn_dailymail")
     assert (
-        "from LICENSE and checkpoints/gpt2-nano/README.md (cnn_dailymail cannot be had: HF_HUB_OFFLINE is set)" in said
+        "from LICENSE and checkpoints/gpt2-nano/README.md (cnn_dailymail is not available: HF_HUB_OFFLINE is set)"
+        in said
     )
     text = " ".join(TOKENIZER.decode(row) for row in rows)
     assert "Apache License" in text
@@ -109,7 +110,7 @@ def test_with_a_network_the_articles_are_cnn_dailymails(monkeypatch):
         return Stream()
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(quantization, "_answer_of", lambda url: "")
+    monkeypatch.setattr(quantization, "connection_error", lambda url: "")
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     got, said, _ = samples("cnn_dailymail", num_samples=3)
     assert got == [TOKENIZER.encode(f"article {n}") for n in range(3)] and "from CNN / DailyMail" in said
@@ -132,17 +133,17 @@ def test_a_progress_bar_counts_the_batches(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "complaint"),
+    ("name", "content", "message"),
     [
-        ("nowhere", None, "calibration data is .*nowhere; cnn_dailymail, a .txt, a .jsonl or a folder is expected"),
-        ("nowhere.txt", None, "nowhere.txt, which cannot be read"),
-        ("a.jsonl", '{"words": "x"}', "a.jsonl, which cannot be read: KeyError"),
-        ("a.jsonl", "{", "a.jsonl, which cannot be read"),
-        ("a.txt", "", "a.txt, which holds no text"),
+        ("nowhere", None, "--calibration-data must be cnn_dailymail, a .txt, a .jsonl or a folder, got .*nowhere"),
+        ("nowhere.txt", None, "nowhere.txt cannot be read"),
+        ("a.jsonl", '{"words": "x"}', "a.jsonl cannot be read: KeyError"),
+        ("a.jsonl", "{", "a.jsonl cannot be read"),
+        ("a.txt", "", "must hold text, got .*a.txt"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path, name, content, complaint):
+def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         samples(tmp_path / name)

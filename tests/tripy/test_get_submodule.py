@@ -39,9 +39,9 @@ def test_lists_by_number_dicts_by_key_and_the_rest_by_name():
 def test_a_missing_part_is_named(model, name, kind, part):
     with pytest.raises(AttributeError) as caught:
         get_submodule(model, name)
-    assert str(caught.value) == f"{name}: {kind} has no part {part!r}"
+    assert str(caught.value) == f"{name}: {kind} has no submodule {part!r}"
 
 
 def test_a_missing_key_of_a_dict_is_named():
-    with pytest.raises(AttributeError, match="a: ModuleDict has no part 'a'"):
+    with pytest.raises(AttributeError, match="a: ModuleDict has no submodule 'a'"):
         get_submodule(torch.nn.ModuleDict(), "a")

@@ -6,19 +6,24 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from shared.sampling import Sampler
 from tripy_nanogpt import model
-from tripy_nanogpt.model import GPT, GPTConfig
+from tripy_nanogpt.bench import make_text
+from tripy_nanogpt.model import GPT, GPTConfig, count_params, init_cache
 
 pytestmark = pytest.mark.engine
 
 IDS = np.random.default_rng(0).integers(60, size=16).tolist()
-
-
-# how many steps of its dtype the largest logit may be off: a few dozen roundings lie between text and logits, one an
-# operation in half precision, which is computed in float32, and one a product in float32
+# how many steps of its dtype the largest logit may be off: there are a few dozen roundings between text and logits, one
+# an operation in half precision, which is computed in float32, and one a product in float32
 STEPS = {"float32": 64, "float16": 8, "bfloat16": 8}
-one_dtype = pytest.mark.parametrize("dtype", ["float16"], indirect=True)  # where each says the same
+one_dtype = pytest.mark.parametrize("dtype", ["float16"], indirect=True)  # for what does not depend on it
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    """transformers' float32 logits at each position of IDS, (T, V)."""
+    with torch.no_grad():
+        return GPT2LMHeadModel.from_pretrained(tiny, dtype=torch.float32)(torch.tensor([IDS])).logits[0].numpy()
 
 
 def steps(ours, exact, dtype):
@@ -26,34 +31,24 @@ def steps(ours, exact, dtype):
     return abs(ours - exact).max() / abs(exact).max() / torch.finfo(getattr(torch, dtype)).eps
 
 
-def close(ours, exact, dtype):
-    assert steps(ours, exact, dtype) < STEPS[dtype]
-
-
 def test_logits_are_transformers_rounded_to_dtype_and_to_no_finer_one(engine, dtype, reference):
-    assert 0.1 < steps(engine.forward(IDS), reference(IDS), dtype) < STEPS[dtype]
+    assert 0.1 < steps(engine.forward([IDS])[0], reference, dtype) < STEPS[dtype]
 
 
 @pytest.mark.parametrize("length", [1, 2, 8, 15, 16])
 def test_lengths_to_the_edges_of_their_range(engine, reference, dtype, length):
-    close(engine.forward(IDS[:length]), reference(IDS[:length]), dtype)
-    close(engine.prefill(IDS[:length])[0], reference(IDS[:length])[-1], dtype)
+    assert steps(engine.forward([IDS[:length]])[0], reference[:length], dtype) < STEPS[dtype]
+    assert steps(engine.prefill([IDS[:length]])[0], reference[length - 1], dtype) < STEPS[dtype]
 
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_each_decode_step_is_transformers_to_the_last_slot(engine, reference, dtype, length):
-    exact = reference(IDS)
-    logits, cache = engine.prefill(IDS[:length])
-    for position in range(length, 16):
-        close(logits, exact[position - 1], dtype)
-        logits, cache = engine.decode(IDS[position], position, cache)
-    close(logits, exact[-1], dtype)
+    rows = [engine.prefill([IDS[:length]]), *(engine.decode([token]) for token in IDS[length:])]
+    assert steps(np.concatenate(rows), reference[length - 1 :], dtype) < STEPS[dtype]
 
 
 def test_cached_equals_uncached_and_transformers_generate(tiny, engine, dtype):
-    cached, uncached = (
-        [token for token, _ in engine.generate(IDS[:3], 13, Sampler(temperature=0), cached)] for cached in (True, False)
-    )
+    cached, uncached = (make_text(engine, IDS[:3], 13, cached) for cached in (True, False))
     assert cached == uncached
     if dtype == "float32":
         exact = GPT2LMHeadModel.from_pretrained(tiny, dtype=torch.float32)
@@ -61,19 +56,12 @@ def test_cached_equals_uncached_and_transformers_generate(tiny, engine, dtype):
         assert cached == theirs[0, 3:].tolist()
 
 
-def test_a_decode_does_not_see_what_an_earlier_text_left_in_the_cache(engine, dtype):
-    _, cache = engine.prefill(IDS)  # all slots full
-    long, _ = engine.decode(IDS[4], 4, cache)
-    _, cache = engine.prefill(IDS[:4])
-    short, _ = engine.decode(IDS[4], 4, cache)
-    close(long, short, dtype)
-
-
-@one_dtype
-def test_text_ends_where_the_context_is_full(engine):
-    for cached in (True, False):
-        assert len(list(engine.generate(IDS[:10], 100, Sampler(temperature=0), cached))) == 7
-        assert len(list(engine.generate(IDS, 100, Sampler(temperature=0), cached))) == 1
+def test_a_decode_does_not_read_what_an_earlier_text_left_in_the_cache(engine, dtype):
+    engine.prefill([IDS])  # all slots are filled
+    engine.position = 4
+    over_full = engine.decode([IDS[4]])
+    engine.prefill([IDS[:4]])
+    assert steps(over_full, engine.decode([IDS[4]]), dtype) < STEPS[dtype]
 
 
 def test_gelu_is_the_tanh_approximation():
@@ -92,55 +80,48 @@ def test_gelu_survives_the_extremes_of_float16():
 def test_a_config_counts_its_parameters(tiny):
     theirs = GPT2LMHeadModel.from_pretrained(tiny)
     config = GPTConfig(block_size=16, vocab_size=60, n_layer=2, n_head=2, n_embd=32)
-    assert config.count_parameters() == sum(parameter.numel() for parameter in theirs.parameters())
-    assert round(GPTConfig().count_parameters() / 1e6, 1) == 124.4
+    assert count_params(config) == sum(parameter.numel() for parameter in theirs.parameters())
+    assert round(count_params(GPTConfig()) / 1e6, 1) == 124.4
 
 
-# -- what nvtripy says
-
-
-def executable(engine, name):
-    engine.forward(IDS) if name == "forward" else engine.prefill(IDS)
-    return engine._executables[name]
+# -- what nvtripy says to wrong inputs
 
 
 @one_dtype
-def test_a_text_too_long_is_named_by_nvtripy(engine):
-    with pytest.raises(tp.TripyException, match=r"Dimension 1 has a shape of 17.*\[1, 16\]"):
-        engine.forward([*IDS, 1])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros((1, 17), np.int32), r"Dimension 1 has a shape of 17.*\[1, 16\]"),
+        (np.zeros((1, 0), np.int32), "Dimension 1 has a shape of 0"),
+        (np.zeros((2, 4), np.int32), "Dimension 0 has a shape of 2"),
+        (np.zeros((1, 4), np.float32), "expected data type: int32 but got: float32"),
+    ],
+)
+@pytest.mark.parametrize("name", ["forward", "prefill"])
+def test_wrong_tokens_are_named(engine, name, tokens, message):
+    with pytest.raises(tp.TripyException, match=message):
+        engine.executable(name)(tp.copy(tp.Tensor(tokens), tp.device("gpu")))
 
 
 @one_dtype
-def test_a_text_of_no_tokens_is_refused_by_nvtripy(engine):
-    with pytest.raises(tp.TripyException, match=r"Dimension 1 has a shape of 0"):
-        engine.prefill([])
-
-
-@one_dtype
-def test_tokens_of_another_dtype_are_named_by_nvtripy(engine):
-    wrong = tp.copy(tp.Tensor(np.array([IDS], np.float32)), tp.device("gpu"))
-    with pytest.raises(tp.TripyException, match="expected data type: int32 but got: float32"):
-        executable(engine, "forward")(wrong)
-
-
-@one_dtype
-def test_tokens_left_on_the_host_are_named_by_nvtripy(engine):
+def test_tokens_left_on_the_host_are_named(engine):
     with pytest.raises(tp.TripyException, match="expected to be on device: gpu but got: cpu"):
-        executable(engine, "forward")(tp.Tensor(np.array([IDS], np.int32)))
+        engine.executable("forward")(tp.Tensor(np.array([IDS], np.int32)))
 
 
 @one_dtype
-def test_a_cache_of_another_shape_is_named_by_nvtripy(engine):
-    _, cache = engine.prefill(IDS)
-    short = tp.copy(tp.zeros((1, 2, 8, 16), dtype=engine.config.dtype).eval(), tp.device("cpu"))
+def test_a_cache_of_another_shape_is_named(engine):
+    token, position = (tp.copy(tp.Tensor(np.zeros(shape, np.int32)), tp.device("gpu")) for shape in ((1, 1), (1,)))
+    short = [[tp.zeros((1, 2, 8, 16), dtype=tp.float16).eval()] * 2] * 2
+    assert init_cache(engine.config)[0][0].shape_bounds.max == (1, 2, 16, 16)
     with pytest.raises(tp.TripyException, match=r"(?s)cache\[0\]\[0\].*Dimension 2 has a shape of 8"):
-        engine.decode(1, 3, [tp.copy(short, tp.device("gpu")), *cache[1:]])
+        engine.executable("decode")(token, position, short)
 
 
-def test_parameters_of_another_dtype_or_shape_are_refused_by_nvtripy():
+def test_parameters_of_another_dtype_or_shape_are_refused():
     gpt = GPT(GPTConfig(block_size=4, vocab_size=4, n_layer=1, n_head=1, n_embd=4, dtype=tp.float16))
-    for wrong, complaint in (torch.ones(4, 4), "dtype"), (torch.ones(5, 4, dtype=torch.float16), "shape"):
-        with pytest.raises(tp.TripyException, match=f"New parameter {complaint}"):
+    for wrong, message in (torch.ones(4, 4), "dtype"), (torch.ones(5, 4, dtype=torch.float16), "shape"):
+        with pytest.raises(tp.TripyException, match=f"New parameter {message}"):
             gpt.load_state_dict({"lm_head.weight": tp.Tensor(wrong)}, strict=False)
 
 

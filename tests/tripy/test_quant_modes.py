@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,18 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from shared.tokenizer import find_model
-from tripy_nanogpt import bench, bench_quant, engine, example, quantization, tripy_cpu
+from tripy_nanogpt import bench, bench_quant, bench_report, quantization, tripy_cpu
 
 pytestmark = pytest.mark.skipif(not tripy_cpu.ENGINE, reason="TensorRT is here: what is printed names the CPU")
 
 
 @pytest.fixture
-def run(wide, executables, monkeypatch, capsys):
+def run(main, wide, capsys):
     """flags -> the lines that it prints"""
-    monkeypatch.setattr(engine, "load_engine", partial(engine.load_engine, folder=executables))
 
     def run(*flags):
         capsys.readouterr()
-        example.main([f"--model={wide}", "--max-new-tokens=4", "--seed=1", *flags])
+        main([f"--model={wide}", "--max-new-tokens=4", "--seed=1", *flags])
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -48,21 +46,6 @@ def test_calibration_data_may_be_a_file(run, tmp_path):
     assert run(*flags)[1].endswith(f"from {tmp_path / 'play.txt'}")
 
 
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (["--quant-mode=int2"], "quant mode is int2, one of int8-weight-only, int4-weight-only"),
-        (["--quant-mode=float8", "--calibration-data=nowhere"], "calibration data is nowhere; cnn_dailymail, a .txt"),
-        (["--quant-mode=float8", "--calibration-data=nowhere.txt"], "nowhere.txt, which cannot be read"),
-    ],
-)
-def test_a_mistake_is_one_line_and_status_2(flags, complaint, capsys):
-    with pytest.raises(SystemExit) as caught:
-        example.main(["--model=gpt2-nano", *flags])
-    printed = capsys.readouterr()
-    assert caught.value.code == 2 and complaint in printed.err and printed.err.count("\n") == 1
-
-
 def test_perplexity_is_transformers_own():
     model = GPT2LMHeadModel.from_pretrained(find_model("gpt2-nano").folder, dtype=torch.float32).eval()
     windows = bench_quant.held_out()[:3]
@@ -79,7 +62,7 @@ def table(tmp_path_factory):
     cases = [case for case in bench_quant.CASES if case not in (("int8-weight-only", True), ("int4-weight-only", True))]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("plot"))
-        patch.setattr(bench, "PAIRS", 1)
+        patch.setattr(bench_report, "PAIRS", 1)
         patch.setattr(bench_quant, "CASES", cases)
         patch.setattr(bench_quant, "held_out", lambda: windows)
         patch.setattr(quantization, "CALIBRATED", calibrated)

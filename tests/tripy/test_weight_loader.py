@@ -1,4 +1,4 @@
-"""Weights in each dtype and quantized, and what keys them. What a checkpoint may hold is in tests/contract/odd.py."""
+"""Weights in each dtype and quantized, and the keys of what is cached. tests/contract/odd.py has odd checkpoints."""
 
 import json
 import shutil
@@ -9,9 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tripy_nanogpt import weight_loader
-from tripy_nanogpt.model import GPT
-from tripy_nanogpt.weight_loader import hashed_files, load_weights_from_hf, quantize, quantized_file, read_config
+from tripy_nanogpt import quantized_weights
+from tripy_nanogpt.engine import load
+from tripy_nanogpt.model import GPT, GPTConfig
+from tripy_nanogpt.quantization import Quantization, modelopt_quantize
+from tripy_nanogpt.weight_loader import (
+    hashed_files,
+    load_weights_from_hf,
+    quantized_state,
+    read_config,
+    read_model_hf,
+)
 
 
 @pytest.fixture
@@ -19,27 +27,19 @@ def copy(tiny, tmp_path):
     return shutil.copytree(tiny, tmp_path / "model")
 
 
-def tensors_of(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def write(folder, tensors, name="model.safetensors"):
+def write(folder, change, name="model.safetensors"):
+    tensors = change(load_file(folder / "model.safetensors"))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / name, {"format": "pt"})
 
 
-def change_config(folder, **changes):
-    path = folder / "config.json"
-    given = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(given | changes), encoding="utf-8")
-
-
-def other_weights(folder):
-    return {name: tensor + 1 for name, tensor in tensors_of(folder).items()}
+def other_weights(tensors):
+    return {name: tensor + 1 for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("dtype", [tp.float32, tp.float16, tp.bfloat16])
 def test_every_parameter_is_transformers_own_rounded_once_and_layer_norms_stay_float32(tiny, dtype):
-    model = load_weights_from_hf(GPT(read_config(tiny, dtype)), str(tiny), dtype)
+    config = GPTConfig(block_size=16, vocab_size=60, n_layer=2, n_head=2, n_embd=32, dtype=dtype)
+    model = load_weights_from_hf(GPT(config), str(tiny), dtype)
     assert model.lm_head.weight is model.transformer.wte.weight
     ours = {name: torch.from_dlpack(tensor) for name, tensor in model.state_dict().items()}
     theirs = GPT2LMHeadModel.from_pretrained(tiny, dtype="auto").state_dict()
@@ -53,25 +53,30 @@ def test_every_parameter_is_transformers_own_rounded_once_and_layer_norms_stay_f
 
 def test_quantized_weights_come_from_the_shards_that_the_index_lists(tiny, tmp_path):
     GPT2LMHeadModel.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="50KB")
-    write(tmp_path, other_weights(tiny), "model-00009-of-00009.safetensors")
+    write(tiny, other_weights, tmp_path / "model-00009-of-00009.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
-    (ours, _), (expected, _) = (quantize(folder, "int8-weight-only") for folder in (tmp_path, tiny))
+    ours, expected = (read_model_hf(folder).state_dict() for folder in (tmp_path, tiny))
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("mode", [None, "int8-weight-only"])
 @pytest.mark.parametrize(
-    ("name", "change", "complaint"),
+    ("name", "change", "message"),
     [
         ("transformer.ln_f.bias", torch.log, "/model.safetensors: transformer.ln_f.bias holds NaN or infinity"),
         ("lm_head.weight", torch.neg, ": lm_head.weight must equal wte.weight, as tie_word_embeddings says"),
     ],
 )
-def test_quantized_weights_are_refused_as_others_are(copy, name, change, complaint):
-    tensors = tensors_of(copy)
-    write(copy, tensors | {name: change(tensors.get(name, tensors["transformer.wte.weight"]))})
+def test_weights_are_checked_before_anything_is_compiled_or_quantized(copy, tmp_path, name, change, message, mode):
+    write(copy, lambda tensors: tensors | {name: change(tensors.get(name, tensors["transformer.wte.weight"]))})
     with pytest.raises(ValueError) as caught:
-        quantize(copy, "int8-weight-only")
-    assert str(caught.value) == f"{copy}{complaint}"
+        load(copy, quantization=Quantization(mode), executables=tmp_path)
+    assert str(caught.value) == f"{copy}{message}"
+
+
+def test_int4_needs_a_width_that_a_block_divides(tiny, tmp_path):
+    with pytest.raises(ValueError, match="n_embd must be a multiple of 64 for int4-awq, got 32"):
+        load(tiny, quantization=Quantization("int4-awq"), executables=tmp_path)
 
 
 def test_int8_has_a_scale_for_each_output_of_one_channel_too(tmp_path):
@@ -79,7 +84,7 @@ def test_int8_has_a_scale_for_each_output_of_one_channel_too(tmp_path):
         n_positions=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, bos_token_id=None, eos_token_id=None
     )
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    state, _ = quantize(tmp_path, "int8-weight-only")
+    state = quantized_state(modelopt_quantize(read_model_hf(tmp_path), "int8-weight-only"), "int8-weight-only")
     outputs = {name.removesuffix("_scale"): scale.shape for name, scale in state.items() if name.endswith("_scale")}
     assert outputs == {name: state[name].shape[:1] for name in outputs} and len(outputs) == 4
 
@@ -95,22 +100,34 @@ def test_a_cache_key_covers_the_files_that_are_read(tmp_path):
     assert hashed_files(tmp_path) == [whole]
 
 
-def test_whatever_changes_quantized_weights_changes_their_file(copy, tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_loader, "quantize", lambda *_: ({"a": torch.ones(1)}, ""))
+def test_whatever_changes_quantized_weights_changes_their_key(copy, tmp_path):
     text = tmp_path / "a.txt"
 
-    def file(mode="float8", dataset=str(text)):
-        return quantized_file(copy, mode, dataset, tmp_path / "kept")
+    def key(mode="float8", dataset=str(text)):
+        config = read_config(copy)
+        config.quant_mode = mode
+        return quantized_weights.cache_key(copy, config, dataset)
 
     text.write_text("a", encoding="utf-8")
-    files = [file(), file("int8-weight-only"), file(dataset="cnn_dailymail")]
+    keys = [key(), key("int8-weight-only"), key(dataset="cnn_dailymail")]
     text.write_text("b", encoding="utf-8")
-    files.append(file())
+    keys.append(key())
     for name in "vocab.json", "tokenizer.json":  # calibration reads other tokens
         (copy / name).write_text("{}", encoding="utf-8")
-        files.append(file())
-    change_config(copy, n_head=4)  # the weights have the same shapes
-    files.append(file())
-    write(copy, other_weights(copy))
-    files.append(file())
-    assert len(set(files)) == len(files) and file() == files[-1]
+        keys.append(key())
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | {"n_head": 4}), encoding="utf-8")  # the same shapes
+    keys.append(key())
+    write(copy, other_weights)
+    keys.append(key())
+    assert len(set(keys)) == len(keys) and key() == keys[-1]
+
+
+def test_weights_are_quantized_once_for_every_dtype(wide, tmp_path, monkeypatch):
+    first = load(wide, "float32", "auto", Quantization("int4-awq"), tmp_path)
+    assert "tokens from LICENSE" in first.calibrated_on
+    first.load_model()
+    monkeypatch.setattr(quantized_weights, "run_modelopt", None)
+    again = load(wide, "float16", "auto", Quantization("int4-awq"), tmp_path)
+    again.load_model()
+    assert again.calibrated_on == first.calibrated_on and again.folder != first.folder

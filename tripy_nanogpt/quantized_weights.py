@@ -1,0 +1,50 @@
+"""Quantized weights: made once by ModelOpt, then kept in a safetensors file next to the executables."""
+
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from tripy_nanogpt.files import fingerprint, write_file
+from tripy_nanogpt.model import int4_block
+from tripy_nanogpt.quantization import calibration_loop, run_modelopt
+from tripy_nanogpt.weight_loader import hashed_files, quantized_state, read_model_hf
+
+VOCABULARIES = "meta.json", "vocab.json", "merges.txt", "tokenizer.json"
+
+
+def prepare(folder, config, dataset_name, kept):
+    """(cache key, a function that gives the quantized state, what calibrated it or "").
+
+    What the user can get wrong is read here; ModelOpt runs when the function is called.
+    """
+    if config.quant_mode.startswith("int4"):
+        int4_block(config)  # a ValueError if no block size divides n_embd
+    key = cache_key(folder, config, dataset_name)
+    path = Path(kept, f"{key}.safetensors")
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            return key, partial(load_file, path), file.metadata()["calibrated_on"]
+    model_hf = read_model_hf(folder)
+    forward_loop = calibration_loop(model_hf, config.quant_mode, dataset_name)
+    calibrated_on = forward_loop.text if forward_loop else ""
+
+    def quantize():
+        state = quantized_state(run_modelopt(model_hf, config.quant_mode, forward_loop), config.quant_mode)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda temporary: temporary.write_bytes(save(state, {"calibrated_on": calibrated_on})))
+        return state
+
+    return key, quantize, calibrated_on
+
+
+def cache_key(folder, config, dataset_name):
+    """Of all that the quantized weights depend on; they are the same for every config.dtype."""
+    given = Path(dataset_name)
+    texts = sorted(given.glob("*.txt")) if given.is_dir() else [given] if given.is_file() else []
+    vocabularies = [path for path in map(Path(folder).joinpath, VOCABULARIES) if path.exists()]  # calibration's tokens
+    sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd
+    files = [*hashed_files(folder), *vocabularies, *texts]
+    return fingerprint(files, config.quant_mode, sizes, dataset_name, version("nvidia-modelopt"))
