@@ -29,7 +29,7 @@ def write(run, tiny):
 
 
 @pytest.mark.parametrize("aliased_are_returned", [False, True])
-def test_the_device_makes_the_text_that_the_cpu_makes(aliased_are_returned, write, neuron, monkeypatch):
+def test_the_device_generates_the_text_of_the_cpu(aliased_are_returned, write, neuron, monkeypatch):
     _, cpu = write("--device=cpu")
     monkeypatch.setattr(neuron, "trace", StandIn(aliased_are_returned).trace)
     out, device = write("--recompile")
@@ -39,7 +39,7 @@ def test_the_device_makes_the_text_that_the_cpu_makes(aliased_are_returned, writ
     assert write("--device=neuron")[0].count("reused") == 2
 
 
-def test_what_is_asked_of_the_compiler(write, neuron):
+def test_the_arguments_of_the_compiler(write, neuron):
     write("--compiler-args=--optlevel=3 --verbose=35")
     decode, prefill = neuron.traced
     assert (decode.kind, prefill.kind) == ("Decode", "Prefill")
