@@ -295,7 +295,7 @@ def test_a_changed_artifact_is_not_loaded(built, tmp_path, name):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(RefusedError, match=f"SHA-256 of {name} does not match compile.json"):
+    with pytest.raises(RefusedError, match=f"{name}: SHA-256 does not match compile.json"):
         Session(folder)
 
 
@@ -315,7 +315,7 @@ def test_an_artifact_with_a_damaged_record_is_not_loaded(built, tmp_path, change
     folder = shutil.copytree(built.parent, tmp_path / "export") / built.name
     record = change(json.loads((folder / "compile.json").read_text(encoding="utf-8")))
     (folder / "compile.json").write_text(record if isinstance(record, str) else json.dumps(record), encoding="utf-8")
-    with pytest.raises(RefusedError, match="remove it to recompile"):
+    with pytest.raises(RefusedError, match="compile.json.*: remove the folder to recompile"):
         Session(folder)
 
 
@@ -323,7 +323,9 @@ def test_an_artifact_with_a_damaged_record_is_not_loaded(built, tmp_path, change
 def test_a_truncated_export_is_not_compiled(tiny, tmp_path, name):
     path = QEFFAutoModelForCausalLM.from_pretrained(tiny).export(tmp_path).with_name(name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(RefusedError, match=f"{path.parent}: SHA-256 .*: remove it to export again"):
+    with pytest.raises(
+        RefusedError, match=f"{path}: SHA-256 does not match export.json: remove the folder to export again"
+    ):
         artifact(tiny, tmp_path)
 
 
