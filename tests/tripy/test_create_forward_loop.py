@@ -136,9 +136,9 @@ def test_a_progress_bar_counts_the_batches(tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("nowhere", None, "--calibration-data must be cnn_dailymail, a .txt, a .jsonl or a folder, got .*nowhere"),
-        ("nowhere.txt", None, "nowhere.txt cannot be read"),
-        ("a.jsonl", '{"words": "x"}', "a.jsonl cannot be read: KeyError"),
-        ("a.jsonl", "{", "a.jsonl cannot be read"),
+        ("nowhere.txt", None, "nowhere.txt' cannot be read"),
+        ("a.jsonl", '{"words": "x"}', "a.jsonl' cannot be read: KeyError"),
+        ("a.jsonl", "{", "a.jsonl' cannot be read"),
         ("a.txt", "", "must hold text, got .*a.txt"),
     ],
 )
