@@ -61,6 +61,8 @@ def dashed(argv):
 
 
 def check(args, device):
+    if [] in (*vars(args).values(), *args.prompt):  # what argparse makes of --flag=-- before Python 3.13
+        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     for name in ("max_new_tokens", "num_cores", "prefill_seq_len", "ctx_len"):
         if (value := getattr(args, name)) is not None and value < 1:

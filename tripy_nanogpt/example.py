@@ -58,6 +58,8 @@ def dashed(argv):
 
 
 def check(args):
+    if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
+        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
