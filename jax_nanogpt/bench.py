@@ -15,12 +15,10 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
@@ -83,34 +81,21 @@ def make_text(*args, **settings):
     return list(generate(*args, **settings))
 
 
-class Job(NamedTuple):
-    """What one call does."""
-
-    work: str
-    model: str
-    dtype: str
-    batch: int  # texts
-    prompt: int | None  # tokens of each
-    new: int  # tokens of each; with 1 new token it is a prefill, and the prompt's tokens count
-    peer_batch: int  # texts of the peer's call
-    read: float = 0  # bytes that one step must read from memory
-
-    @property
-    def tokens(self):
-        return self.prompt if self.new == 1 else self.new
-
-
 class Report:
     def __init__(self, device):
         self.device, self.bandwidth, self.results = device, bandwidth(), []
         self.on_cpu = device.platform == "cpu"  # else the peers and this bandwidth would be another machine's
         print(f"{describe([device])}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
 
-    def add(self, job, ours, peers=()):
-        """Measures ours and the peers' calls, prints a line and keeps a row; returns the time of ours.
+    def add(self, row, ours, peers=(), peer_batch=None, read=0):
+        """Measures calls, prints a line, keeps the row and returns it.
 
-        peers is [(suffix of the JSON's keys, name, call)].
+        row      work, model, dtype, batch, prompt_tokens and new_tokens of each text; with 1 new token the call is a
+                 prefill, and the prompt's tokens count
+        peers    [(suffix of the JSON's keys, name, call)], whose calls generate for peer_batch texts
+        read     bytes that one step must read from memory
         """
+        batch, tokens = row["batch"], row["prompt_tokens"] if row["new_tokens"] == 1 else row["new_tokens"]
         cold_s = seconds(ours)
         jax.clear_caches()
         peak = peak_mb(ours)
@@ -118,37 +103,39 @@ class Report:
         warm_s = seconds(ours)  # traced again, and loaded from the compilation cache
         for *_, call in peers:
             call()
-        times, ratios = interleave([ours, *(call for *_, call in peers)])
-        rate = job.batch * job.tokens / times[0]
-        row = self.row(job, times[0]) | {"peak_rss_mb": peak}
-        row |= {"compile_s": round(max(0, cold_s - times[0]), 2)}
-        row |= {"compile_cached_s": round(max(0, warm_s - times[0]), 2)}
-        line = f"{job.work:16} {job.model:12} {job.dtype:8} batch {job.batch:2} {rate:10,.0f} tokens/s"
-        for (suffix, name, _), time_s, ratio in zip(peers, times[1:], ratios[1:], strict=True):
-            peer_rate, ratio = job.peer_batch * job.tokens / time_s, ratio * job.batch / job.peer_batch
-            row[f"peer{suffix}"] = {"name": name, "tokens_per_s": round(peer_rate, 1)}
-            row[f"ratio{suffix}"] = round(ratio, 3)
-            line += f", {ratio:6.2f} x {name} ({peer_rate:,.0f})"
-        self.results.append(row)
-        print(line, flush=True)
-        return times[0]
-
-    def row(self, job, time_s):
-        return {
-            "work": job.work,
-            "model": job.model,
+        (time_s, *peer_times), (_, *ratios) = interleave([ours, *(call for *_, call in peers)])
+        row |= {
             "device": self.device.platform,
             "engine": f"jax {jax.__version__}",
-            "dtype": job.dtype,
-            "batch": job.batch,
-            "prompt_tokens": job.prompt,
-            "new_tokens": job.new,
-            "ttft_ms": round(time_s * 1e3, 2) if job.new == 1 else None,
-            "tokens_per_s": round(job.batch * job.tokens / time_s, 1),
+            "compile_s": round(max(0, cold_s - time_s), 2),
+            "compile_cached_s": round(max(0, warm_s - time_s), 2),
+            "ttft_ms": round(time_s * 1e3, 2) if row["new_tokens"] == 1 else None,
+            "tokens_per_s": round(batch * tokens / time_s, 1),
             "peer": None,
             "ratio": None,
-            "mbu": round(job.read * job.tokens / time_s / self.bandwidth, 3) if job.read and self.on_cpu else None,
+            "mbu": round(read * tokens / time_s / self.bandwidth, 3) if read and self.on_cpu else None,
+            "peak_rss_mb": peak,
         }
+        line = "{work:16} {model:12} {dtype:8} batch {batch:2} {tokens_per_s:10,.0f} tokens/s".format(**row)
+        peer_batch = peer_batch or batch
+        for (suffix, name, _), peer_s, ratio in zip(peers, peer_times, ratios, strict=True):
+            rate, ratio = peer_batch * tokens / peer_s, ratio * batch / peer_batch
+            row |= {f"peer{suffix}": {"name": name, "tokens_per_s": round(rate, 1)}, f"ratio{suffix}": round(ratio, 3)}
+            line += f", {ratio:6.2f} x {name} ({rate:,.0f})"
+        self.results.append(row)
+        print(line, flush=True)
+        return row
+
+
+def about(work, model, config, batch, prompt, new):
+    return {
+        "work": work,
+        "model": model,
+        "dtype": config.dtype,
+        "batch": batch,
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+    }
 
 
 def trainer(settings, model, examples):
@@ -191,11 +178,12 @@ def bench_training(report):
             ("_autocast", "torch bfloat16 autocast", torch.trainer(half, params, examples)),
         ]
     for c, work in (config, "train"), (half, "train_bfloat16"):
-        job = Job(work, "shakespeare", c.dtype, batch, None, count * c.block_size, batch)
         model = GPT(c, choose_kernels(report.device, c.dtype))
-        time_s = report.add(job, trainer(settings, model, examples), peers)
-        tflops = flops_per_token(c) * job.new * batch / time_s / 1e12
-        report.results[-1] |= {"ms_per_iteration": round(time_s / count * 1e3, 1), "tflops": round(tflops, 3)}
+        row = about(work, "shakespeare", c, batch, None, count * c.block_size)
+        row = report.add(row, trainer(settings, model, examples), peers)
+        ms = 1e3 * batch * c.block_size / row["tokens_per_s"]
+        tflops = flops_per_token(c) * row["tokens_per_s"] / 1e12
+        row |= {"ms_per_iteration": round(ms, 1), "tflops": round(tflops, 3)}
 
 
 def bench_sampling(report):
@@ -206,8 +194,8 @@ def bench_sampling(report):
     for work, samples, length, new in works:
         prompt = [0] * length
         peers = [("", "torch, no cache", torch.sampler(config, params, prompt, new))] if torch else []
-        job = Job(work, "shakespeare", config.dtype, samples, length, new, peer_batch=1)
-        report.add(job, partial(make_text, model, params, prompt, new, samples), peers)
+        row = about(work, "shakespeare", config, samples, length, new)
+        report.add(row, partial(make_text, model, params, prompt, new, samples), peers, peer_batch=1)
 
 
 def transformers_peer(folder):
@@ -235,12 +223,12 @@ def bench_gpt2(report, name, folder, config, params, new):
     for work, ids, count in ("prefill", prompt, 1), ("decode", (2 * prompt)[:16], new):
         peers = [("", "transformers", partial(peer, ids, count))] if peer else []
         read = step_bytes(config, 1, len(ids) + count / 2) if count > 1 else 0
-        job = Job(work, name, config.dtype, 1, len(ids), count, 1, read)
-        report.add(job, partial(make_text, model, params, ids, count, sampling=greedy), peers)
+        row = about(work, name, config, 1, len(ids), count)
+        row = report.add(row, partial(make_text, model, params, ids, count, sampling=greedy), peers, read=read)
     first_token = partial(make_text, model, params, ids, 1, sampling=greedy)
     first_token()
     (time_s,), _ = interleave([first_token])
-    report.results[-1]["ttft_ms"] = round(1e3 * time_s, 2)
+    row["ttft_ms"] = round(1e3 * time_s, 2)
 
 
 def find(args):
@@ -250,19 +238,6 @@ def find(args):
         return f"{args.random}-random", None, GPTConfig(n_layer=layers, n_head=heads, n_embd=width), None
     found = find_model(args.model)
     return found.name, found.folder, *weight_loader.load(found.folder)
-
-
-@contextmanager
-def compiled_in(folder):
-    """JAX's compilation cache is in folder."""
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
 
 
 def main(argv=None):
@@ -283,7 +258,9 @@ def main(argv=None):
             raise ValueError(f"--new-tokens must be {limit}, got {args.new_tokens}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    with tempfile.TemporaryDirectory() as scratch, compiled_in(Path(scratch, "compiled")):
+    with tempfile.TemporaryDirectory() as scratch:
+        jax.config.update("jax_compilation_cache_dir", scratch)  # empty: the first call compiles
+        compilation_cache.reset_cache()
         report = Report(device)
         bench_training(report)
         bench_sampling(report)

@@ -20,8 +20,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer need
 import jax
 import numpy as np
 
-from jax_nanogpt.bench import SHAPES, interleave, make_text, seconds, trainer
-from jax_nanogpt.device import choose_devices, describe
+from jax_nanogpt.bench import SHAPES, Report, about, make_text, trainer
+from jax_nanogpt.device import choose_devices
 from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.train import Config
@@ -79,57 +79,28 @@ class Peer:
         return sample
 
 
-def compare(tokens, ours, theirs=None, name=""):
-    """A row's figures for calls that each process so many tokens; theirs is the call of the peer with this name."""
-    compile_s = seconds(ours)
-    calls = [call for call in (ours, theirs) if call]
-    for call in calls:
-        call()
-    times, ratios = interleave(calls)
-    row = {"compile_s": round(max(0, compile_s - times[0]), 2), "tokens_per_s": round(tokens / times[0], 1)}
-    row |= {"peer": None, "ratio": None}
-    if theirs:
-        row["peer"] = {"name": name, "tokens_per_s": round(tokens / times[1], 1)}
-        row["ratio"] = round(ratios[1], 3)
-    return row
-
-
 def arithmetic(config, tokens_per_s, peak):
     """For a training row: the model's TFLOP/s, and their part of the device's peak if that is known."""
     tflops = flops_per_token(config) * tokens_per_s / 1e12
     return {"tflops": round(tflops, 3), "mfu": peak and round(tflops / peak, 4)}
 
 
-def line(row):
-    text = f"{row['work']:16} batch {row['batch']:3} {row['tokens_per_s']:12,.0f} tokens/s"
-    if row["peer"]:
-        text += f", {row['ratio']:.2f} x {row['peer']['name']} ({row['peer']['tokens_per_s']:,.0f})"
-    return text
-
-
-def bench(args, device, model, peer):
-    """Yields the rows: training, and sampling at batch 1 and 64."""
-    config = model.config
-    about = {"model": "random", "device": device.device_kind, "engine": f"jax {jax.__version__}", "dtype": config.dtype}
-    peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device.device_kind), None)
+def bench(args, report, model, peer):
+    """Training, and sampling at batch 1 and 64."""
+    config, kind = model.config, report.device.device_kind
+    peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in kind), None)
     size = args.iters, 1, args.batch, args.block_size + 1
     examples = np.random.default_rng(0).integers(config.vocab_size, size=size, dtype=np.int32)
-    peers = (peer.trainer(examples), peer.name) if peer else ()
-    tokens = args.iters * args.batch * args.block_size
-    row = {"work": "train"} | about | {"batch": args.batch}
-    row |= compare(tokens, trainer(Config(warmup_iters=0), model, examples), *peers)
+    peers = [("", peer.name, peer.trainer(examples))] if peer else []
+    row = about("train", "random", config, args.batch, None, args.iters * args.block_size)
+    row = report.add(row, trainer(Config(warmup_iters=0), model, examples), peers)
     row |= {"parameters": count_params(config), **arithmetic(config, row["tokens_per_s"], peak)}
-    mfu = f", {row['mfu']:.1%} of {peak:g}" if peak else ""
-    print(f"{line(row)}; {row['tflops']:.1f} TFLOP/s{mfu}", flush=True)
-    yield row
+    print(f"{row['tflops']:.1f} TFLOP/s" + (f", {row['mfu']:.1%} of {peak:g}" if peak else ""), flush=True)
     params = jax.tree.map(lambda p: p.astype("bfloat16"), init_params(config, jax.random.key(0)))
-    for samples in 1, 64:
-        peers = (peer.sampler(samples, args.new_tokens), peer.name) if peer else ()
-        row = {"work": "sample" if samples == 1 else f"sample_batch{samples}"} | about | {"batch": samples}
-        ours = partial(make_text, model, params, [0], args.new_tokens, samples)
-        row |= compare(samples * args.new_tokens, ours, *peers)
-        print(line(row), flush=True)
-        yield row
+    for work, samples in ("sample", 1), ("sample_batch64", 64):
+        peers = [("", peer.name, peer.sampler(samples, args.new_tokens))] if peer else []
+        row = about(work, "random", config, samples, 1, args.new_tokens)
+        report.add(row, partial(make_text, model, params, [0], args.new_tokens, samples), peers)
 
 
 def make_parser():
@@ -177,10 +148,9 @@ def main(argv=None):
     layers, heads, width = (SHAPES | TINY)[args.shape]
     vocab_size = GPTConfig.vocab_size if args.shape in SHAPES else 512
     config = GPTConfig(args.block_size, vocab_size, layers, heads, width, dtype="bfloat16")
-    print(describe([device]), flush=True)
-    model = GPT(config, choose_kernels(device, config.dtype))
-    results = [*bench(args, device, model, find_peer(config, device))]
-    print(json.dumps({"project": "jax_nanogpt", "results": results}))
+    report = Report(device)
+    bench(args, report, GPT(config, choose_kernels(device, config.dtype)), find_peer(config, device))
+    print(json.dumps({"project": "jax_nanogpt", "results": report.results}))
 
 
 if __name__ == "__main__":

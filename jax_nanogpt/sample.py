@@ -7,8 +7,8 @@ python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_sa
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
@@ -19,7 +19,7 @@ from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.files import save_dump
 from jax_nanogpt.kernels import choose_kernels
-from jax_nanogpt.model import GPT, GPTConfig, count_params
+from jax_nanogpt.model import GPT, count_params
 from jax_nanogpt.sampler import Sampling
 from shared.sampling import check_sampling
 from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
@@ -68,24 +68,15 @@ def check(args):
         raise ValueError(f"--dump must be a file in an existing folder, got {args.dump}")
 
 
-class Loaded(NamedTuple):
-    name: str
-    why: str  # for the default model: why this one
-    folder: Path  # that holds the tokenizer
-    config: GPTConfig
-    params: dict
-
-
 def load(args, dtype):
-    """The checkpoint that --model and --out-dir name."""
+    """(name, why the default is this one, the tokenizer's folder, GPTConfig, params) of --model or --out-dir."""
     if args.model == "resume" or args.model is None and args.out_dir:
         out_dir = args.out_dir or "out"
         checkpoints = Checkpoints(out_dir)
         step = checkpoints.best()
-        return Loaded(f"{out_dir} at iteration {step}", "", out_dir, *checkpoints.restore_model(step, dtype))
+        return f"{out_dir} at iteration {step}", "", out_dir, *checkpoints.restore_model(step, dtype)
     found = find_model(args.model)
-    why = "" if args.model else f"; {found.why}"
-    return Loaded(found.name, why, found.folder, *weight_loader.load(found.folder, dtype))
+    return found.name, "" if args.model else f"; {found.why}", found.folder, *weight_loader.load(found.folder, dtype)
 
 
 def read_prompt(text):
@@ -106,9 +97,8 @@ def generate(args, model, params, tokenizer, prompt):
     samples, rows, stream = [[] for _ in range(args.num_samples)], [], Stream(tokenizer)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     print(args.prompt, end="", flush=True)
-    for tokens, logits in sampler.generate(
-        model, params, prompt, args.max_new_tokens, args.num_samples, sampling, args.seed
-    ):
+    chunks = sampler.generate(model, params, prompt, args.max_new_tokens, args.num_samples, sampling, args.seed)
+    for tokens, logits in chunks:
         shown = len(samples[0])
         for sample, new in zip(samples, tokens.tolist(), strict=True):
             extend(sample, new, end)
@@ -127,12 +117,13 @@ def generate(args, model, params, tokenizer, prompt):
 
 
 def verify(model, params, exact, prompt):
-    """The distance of the device's logits from the CPU's in float32, relative to the largest; status 1 if too large."""
+    """The difference of the logits from those of float32 on the CPU, with the params exact; status 1 if too large."""
     tokens = np.array([prompt[-model.config.block_size :]])
     logits, _ = jax.jit(model.apply)({"params": params}, tokens)
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
-        expected, _ = jax.jit(GPT(exact.config).apply)({"params": jax.device_put(exact.params, cpu)}, tokens)
+        plain = GPT(replace(model.config, dtype="float32"))
+        expected, _ = jax.jit(plain.apply)({"params": jax.device_put(exact, cpu)}, tokens)
     apart = np.abs(np.asarray(logits) - np.asarray(expected)).max() / np.abs(expected).max()
     on_tpu = jax.default_backend() == "tpu"  # which multiplies float32 in bfloat16
     limit = LIMITS["bfloat16" if on_tpu else model.config.dtype]
@@ -149,13 +140,12 @@ def main(argv=None):
         check(args)
         device = choose_devices(args.device)[0]
         args.prompt = read_prompt(args.prompt)
-        loaded = load(args, args.dtype)
-        exact = load(args, "float32") if args.verify else None
-        tokenizer = load_tokenizer(loaded.folder)
-        prompt = encode_prompt(tokenizer, args.prompt, loaded.config.vocab_size)
+        name, why, folder, config, params = load(args, args.dtype)
+        exact = load(args, "float32")[-1] if args.verify else None
+        tokenizer = load_tokenizer(folder)
+        prompt = encode_prompt(tokenizer, args.prompt, config.vocab_size)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    name, why, _, config, params = loaded
     size = f"{count_params(config) / 1e6:.1f}M parameters"
     print(f"{name} ({size}) on {describe([device], args.dtype)}{why}", flush=True)
     model = GPT(config, choose_kernels(device, args.dtype))

@@ -54,35 +54,35 @@ def prefill(model, params, prompt, length, slots, batch):
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "count"), donate_argnames=("cache",))
-def decode(model, params, sampling, logits, cache, position, key, count):
-    """Generates count tokens with the cache; the first of them, drawn from logits [B, V], is at position.
+def decode(model, params, sampling, key, start, cache, count):
+    """Generates count tokens with the cache. start is the position of the first and the logits [B, V] of its draw.
 
-    Returns the next logits and cache, the tokens [count, B], and the logits [count, B, V] they were drawn from.
+    Returns the next start, the cache, the tokens [count, B], and the logits [count, B, V] they were drawn from.
     """
 
-    def step(carry, position):
-        logits, cache = carry
+    def step(carry, _):
+        (position, logits), cache = carry
         tokens = choose(logits, sampling, keys_at(key, len(logits), position))
         new_logits, new_cache = model.apply({"params": params}, tokens[:, None], cache, position)
-        return (new_logits[:, 0], new_cache), (tokens, logits)
+        return ((position + 1, new_logits[:, 0]), new_cache), (tokens, logits)
 
-    (logits, cache), (tokens, rows) = lax.scan(step, (logits, cache), position + jnp.arange(count))
-    return logits, cache, tokens, rows
+    (start, cache), (tokens, rows) = lax.scan(step, (start, cache), length=count)
+    return start, cache, tokens, rows
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "count"))
-def slide(model, params, sampling, window, position, key, count):
-    """Generates count tokens past block_size: the first is at position, after window [B, block_size].
+def slide(model, params, sampling, key, start, count):
+    """Generates count tokens past block_size. start is the position of the first, and the window [B, block_size] before
+    it. Returns the tokens [count, B], and the logits [count, B, V] they were drawn from."""
 
-    Returns the tokens [count, B], and the logits [count, B, V] they were drawn from.
-    """
-
-    def step(window, position):
+    def step(carry, _):
+        position, window = carry
         logits, _ = model.apply({"params": params}, window, only=window.shape[1] - 1)
         tokens = choose(logits[:, 0], sampling, keys_at(key, len(window), position))
-        return jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1), (tokens, logits[:, 0])
+        window = jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1)
+        return (position + 1, window), (tokens, logits[:, 0])
 
-    _, (tokens, rows) = lax.scan(step, window, position + jnp.arange(count))
+    _, (tokens, rows) = lax.scan(step, start, length=count)
     return tokens, rows
 
 
@@ -97,13 +97,14 @@ def generate(model, params, prompt, new_tokens, samples=1, sampling=None, seed=0
         # the prompt's length is padded to a power of two, and the slots to a multiple of 64: few shapes to compile
         padded = np.resize(text[:1], (1, min(slots, max(16, 1 << (position - 1).bit_length()))))
         logits, cache = prefill(model, params, padded, position, slots, samples)
+        start = position, logits
     while position < end:
         count = min(CHUNK, end - position)
         if position < block_size:
             count = min(count, block_size - position)
-            logits, cache, tokens, rows = decode(model, params, sampling, logits, cache, position, key, count)
+            start, cache, tokens, rows = decode(model, params, sampling, key, start, cache, count)
         else:
-            tokens, rows = slide(model, params, sampling, text[:, -block_size:], position, key, count)
+            tokens, rows = slide(model, params, sampling, key, (position, text[:, -block_size:]), count)
         text = np.concatenate([text, np.asarray(tokens).T], axis=1)
         position += count
         yield text[:, -count:], np.asarray(rows).swapaxes(0, 1)

@@ -41,9 +41,7 @@ def make_parser():
     add("--top-k", type=int)
     add("--top-p", type=float)
     add("--seed", type=int, default=1337, help="(default: %(default)s)")
-    add(
-        "--dtype", "--precision", default="float32", choices=[*LIMITS], help="int8 on a CPU only (default: %(default)s)"
-    )
+    add("--dtype", "--precision", default="float32", choices=[*LIMITS], help="int8: on a CPU (default: %(default)s)")
     add("--device", default="auto", choices=backend.DEVICES, help="(default: %(default)s)")
     add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first prompt")

@@ -57,7 +57,7 @@ def bench_first_token(report, name, folder, executables):
     for work in "first_token_cold", "first_token_warm":  # in its own session: a Ctrl-C goes to this process alone
         took_s = time_s(partial(subprocess.run, command, check=True, start_new_session=True))
         row = {"ttft_ms": round(took_s * 1e3)}
-        report.put(Work(work, name, "float32", PROMPT_TOKENS, 1), row, f"{took_s:8.2f} s, of a whole process")
+        report.add_row(Work(work, name, "float32", PROMPT_TOKENS, 1), row, f"{took_s:8.2f} s, of a whole process")
 
 
 def make_text(engine, prompt, count, cached=True):

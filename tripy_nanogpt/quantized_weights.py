@@ -1,4 +1,4 @@
-"""Quantized weights: made once by ModelOpt, then kept in a safetensors file next to the executables."""
+"""Quantized weights: computed once by ModelOpt, then cached in a safetensors file next to the executables."""
 
 from functools import partial
 from importlib.metadata import version

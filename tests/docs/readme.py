@@ -74,7 +74,7 @@ class Mistake(Exception):
 def parse(readme: Path) -> list[Block]:
     reader = _Reader(readme)
     text = readme.read_text(encoding="utf-8")
-    lines = text.splitlines()
+    lines = text.split("\n")
     try:
         for token in MarkdownIt().parse(text):
             if token.map:

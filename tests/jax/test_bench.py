@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from jax_nanogpt import bench, bench_gpu, weight_loader
-from jax_nanogpt.bench import Job
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.train import Config
 
 CONFIG = GPTConfig(block_size=32, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
-DECODE = Job("decode", "toy", "float32", batch=3, prompt=5, new=8, peer_batch=3)
 
 
 @pytest.fixture
@@ -37,54 +35,51 @@ def clock(monkeypatch):
 @pytest.fixture
 def half_a_second(monkeypatch):
     """What is measured takes half a second, and is not run."""
-    for module in bench, bench_gpu:
-        monkeypatch.setattr(module, "seconds", lambda call: 0.5)
+    monkeypatch.setattr(bench, "seconds", lambda call: 0.5)
 
 
 @pytest.fixture
-def report(monkeypatch):
+def add(monkeypatch):
+    """Report.add of 8 new tokens for each of 3 texts."""
     monkeypatch.setattr(bench, "bandwidth", lambda: 1000.0)
-    return bench.Report(jax.devices("cpu")[0])
+    report = bench.Report(jax.devices("cpu")[0])
+
+    def call(*args, on_cpu=True, new=8, **options):
+        report.on_cpu = on_cpu
+        return report.add(bench.about("decode", "toy", CONFIG, 3, 5, new), *args, **options)
+
+    return call
 
 
-def test_a_rate_counts_the_new_tokens_of_all_texts_and_takes_the_median_round(clock, report):
-    ours = clock(9, 0.5, 4, 2, 1, 3, 2, 7)  # cold, for the memory, from the compilation cache; then the rounds
-    assert report.add(DECODE, ours) == 2
-    (row,) = report.results
+def test_a_rate_counts_the_new_tokens_of_all_texts_and_takes_the_median_round(clock, add):
+    row = add(clock(9, 0.5, 4, 2, 1, 3, 2, 7))  # cold, for the memory, from the compilation cache; then the rounds
     assert row["tokens_per_s"] == 3 * 8 / 2
     assert (row["compile_s"], row["compile_cached_s"]) == (9 - 2, 4 - 2)
     assert row["ttft_ms"] is row["mbu"] is row["peer"] is row["ratio"] is None
     assert (row["batch"], row["prompt_tokens"], row["new_tokens"]) == (3, 5, 8)
 
 
-def test_prefill_counts_the_prompts_tokens_and_its_time_is_that_to_the_first_token(clock, report):
-    report.add(DECODE._replace(new=1), clock(0.5))
-    (row,) = report.results
+def test_prefill_counts_the_prompts_tokens_and_its_time_is_that_to_the_first_token(clock, add):
+    row = add(clock(0.5), new=1)
     assert row["tokens_per_s"] == 3 * 5 / 0.5 and row["ttft_ms"] == 500 and row["compile_s"] == 0
 
 
-def test_a_ratio_is_of_our_tokens_over_the_peers_in_one_round_and_above_1_if_we_are_faster(clock, report):
+def test_a_ratio_is_of_our_tokens_over_the_peers_in_one_round_and_above_1_if_we_are_faster(clock, add):
     """Machines slow down together: both take 1, then 10 times as long, and the ratio is the same in each round."""
     drift = 1, 1, 10, 10, 1
     ours, same_batch = clock(1, 1, 1, *(2 * d for d in drift)), clock(1, *(6 * d for d in drift))
-    report.add(DECODE, ours, [("", "torch", same_batch)])
+    row = add(ours, [("", "torch", same_batch)])
+    assert row["ratio"] == 3 and row["peer"] == {"name": "torch", "tokens_per_s": 3 * 8 / 6}
     one_text = clock(1, *(3 * d for d in drift))  # while ours are three
     ours = clock(1, 1, 1, *(2 * d for d in drift))
-    peers = [("", "torch", one_text), ("_autocast", "torch bfloat16", clock(1, *drift))]
-    report.add(DECODE._replace(peer_batch=1), ours, peers)
-    first, second = report.results
-    assert first["ratio"] == 3 and first["peer"] == {"name": "torch", "tokens_per_s": 3 * 8 / 6}
-    assert second["ratio"] == 3 * 3 / 2 and second["peer"]["tokens_per_s"] == round(8 / 3, 1)
-    assert second["ratio_autocast"] == 3 * 1 / 2 and second["peer_autocast"]["name"] == "torch bfloat16"
+    row = add(ours, [("", "torch", one_text), ("_autocast", "torch bfloat16", clock(1, *drift))], peer_batch=1)
+    assert row["ratio"] == 3 * 3 / 2 and row["peer"]["tokens_per_s"] == round(8 / 3, 1)
+    assert row["ratio_autocast"] == 3 * 1 / 2 and row["peer_autocast"]["name"] == "torch bfloat16"
 
 
-def test_mbu_is_the_bytes_of_the_steps_over_what_memory_could_read_meanwhile(clock, report):
-    report.add(DECODE._replace(read=100), clock(2))
-    report.on_cpu = False  # an accelerator has another memory than the one that was measured
-    report.add(DECODE._replace(read=100), clock(2))
-    on_cpu, elsewhere = report.results
-    assert on_cpu["mbu"] == 8 * 100 / (2 * 1000)  # eight steps, each for all three texts
-    assert elsewhere["mbu"] is None
+def test_mbu_is_the_bytes_of_the_steps_over_what_memory_could_read_meanwhile(clock, add):
+    assert add(clock(2), read=100)["mbu"] == 8 * 100 / (2 * 1000)  # eight steps, each for all three texts
+    assert add(clock(2), read=100, on_cpu=False)["mbu"] is None  # an accelerator has another memory
 
 
 def test_a_step_reads_each_weight_once_and_each_texts_keys_and_values():
@@ -108,6 +103,7 @@ def test_bench_prints_one_json_document_last(monkeypatch, capsys, tmp_path):
     settings = Config(iters_per_call=2, batch_size=3, block_size=8)
     toy = settings, replace(CONFIG, block_size=8, dropout=0.1), np.zeros((2, 1, 3, 9), np.int32)
     monkeypatch.setattr(bench, "shakespeare", lambda: toy)
+    monkeypatch.setattr(bench.jax.config, "update", lambda *_: None)  # the compilation cache is this session's
     firsts, interleave = [], bench.interleave
     monkeypatch.setattr(bench, "interleave", lambda calls: firsts.append(calls[0]) or interleave(calls))
     bench.main([f"--model={tmp_path}", "--new-tokens=4"])
@@ -143,15 +139,6 @@ def test_the_torch_peer_is_the_same_model(bias):
 
 
 # --- bench_gpu.py
-
-
-def test_the_gpu_rows_rate_and_ratio(clock):
-    ours, theirs = clock(9, 1, 2, 1, 3, 2, 7), clock(1, 6, 4, 12, 2, 28)  # in a round 3, 4, 4, 1, 4 times as long
-    row = bench_gpu.compare(640, ours, theirs, "torch")
-    assert row["tokens_per_s"] == 640 / 2 and row["peer"] == {"name": "torch", "tokens_per_s": round(640 / 6, 1)}
-    assert row["ratio"] == 4 and row["compile_s"] == 7
-    alone = bench_gpu.compare(640, clock(2))
-    assert alone["tokens_per_s"] == 320 and alone["peer"] is None and alone["ratio"] is None
 
 
 def test_mfu_is_the_models_arithmetic_over_the_devices_peak():

@@ -128,8 +128,9 @@ def test_each_text_of_a_batch_has_an_end_of_its_own(run, tmp_path):
     logits[:, eot] = 4.4
     lengths = (np.array([sampler(logits) for _ in range(60)]) == eot).argmax(axis=0) + 1
     assert len({*lengths}) > 2
-    _, out, _ = run(f"--model={folder}", "--temperature=1", "--seed=1", "--batch=4", "--max-new-tokens=60")
-    assert f"\n{lengths.sum()} tokens in " in out
+    flags = ("--temperature=1", "--seed=1", "--batch=4", "--max-new-tokens=60", "--dump=d.npz")
+    assert f"\n{lengths.sum()} tokens in " in run(f"--model={folder}", *flags)[1]
+    assert len(np.load("d.npz")["tokens"]) == len(np.load("d.npz")["logits"]) == lengths[0]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import numpy as np
 
 from tests.conventions.rules import env_of, example_of
 
-
 OPTIONS = (
     "--model={model} --prompt={prompt} --max-new-tokens={new_tokens} --dtype=float32 --temperature={temperature} "
     "--top-k={top_k} --seed={seed} --ignore-eos --dump={dump}"

@@ -139,25 +139,30 @@ def test_a_character_model_writes_characters_and_needs_a_prompt(run, main, refus
 # -- verify
 
 
+@pytest.fixture
 def verify(main, capsys, wide):
-    """(exit status, the functions that are as expected)"""
-    status = main([f"--model={wide}", "--verify", "--input-text=To be, or not to be"])
-    lines = capsys.readouterr().out.splitlines()[1:]
-    return status, [line.partition(":")[0] for line in lines if ": as expected (up to 0.01)" in line]
+    """-> (exit status, the functions that are as expected)"""
+
+    def verify():
+        status = main([f"--model={wide}", "--verify", "--input-text=To be, or not to be"])
+        lines = capsys.readouterr().out.splitlines()[1:]
+        return status, [line.partition(":")[0] for line in lines if ": as expected (up to 0.01)" in line]
+
+    return verify
 
 
-def test_verify_measures_all_three_functions(main, capsys, wide):
-    assert verify(main, capsys, wide) == (0, ["forward", "prefill, decode"])
+def test_verify_measures_all_three_functions(verify):
+    assert verify() == (0, ["forward", "prefill, decode"])
 
 
 @pytest.mark.parametrize(
     ("function", "passed"), [("forward", ["prefill, decode"]), ("prefill", ["forward"]), ("decode", ["forward"])]
 )
 @pytest.mark.parametrize("spoil", [lambda logits: logits + 0.02 * abs(logits).max(), lambda logits: logits * np.nan])
-def test_verify_fails_for_each_function(main, capsys, monkeypatch, wide, function, passed, spoil):
+def test_verify_fails_for_each_function(verify, monkeypatch, function, passed, spoil):
     exact = getattr(Engine, function)
     monkeypatch.setattr(Engine, function, lambda *args: spoil(exact(*args)))
-    assert verify(main, capsys, wide) == (1, passed)
+    assert verify() == (1, passed)
 
 
 # -- mistakes
