@@ -55,7 +55,7 @@ def make_parser():
 
 def dashed(argv):
     """--max_new_tokens is --max-new-tokens."""
-    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 
 def check(args, device):
