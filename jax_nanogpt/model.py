@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_nanogpt.dropout import Dropout
-from jax_nanogpt.mesh import BATCH, split
+from jax_nanogpt.mesh import BATCH, constrain
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class CausalSelfAttention(nn.Module):
         c, kernels = self.config, self.kernels
         B, T, C = x.shape
         qkv = linear(c, kernels, 3 * C, "c_attn")(x)
-        qkv = split(qkv, BATCH, "tensor")  # B, T, 3C: over several devices T is sharded, and after the transpose H
+        qkv = constrain(qkv, BATCH, "tensor")  # B, T, 3C: over several devices T is sharded, and after the transpose H
         qkv = qkv.reshape(B, T, 3, c.n_head, C // c.n_head).transpose(2, 0, 3, 1, 4)  # 3, B, H, T, D
-        q, k, v = qkv = split(qkv, None, BATCH, "tensor")
+        q, k, v = qkv = constrain(qkv, None, BATCH, "tensor")
         if cache is not None:
             k, v = cache = lax.dynamic_update_slice(
                 cache, qkv[1:].astype(cache.dtype), (0, 0, 0, start, 0)
@@ -85,8 +85,8 @@ class CausalSelfAttention(nn.Module):
         visible = jnp.arange(k.shape[2]) <= start + jnp.arange(T)[:, None]  # T, S
         dropout = partial(Dropout(c.dropout), train=True) if train and c.dropout else None
         y = kernels.attend(q, k, v, visible, dropout)
-        y = split(y, BATCH, "tensor")  # B, H, T, D
-        y = split(y.swapaxes(1, 2).reshape(B, T, C), BATCH, "tensor")
+        y = constrain(y, BATCH, "tensor")  # B, H, T, D
+        y = constrain(y.swapaxes(1, 2).reshape(B, T, C), BATCH, "tensor")
         return Dropout(c.dropout)(residual_linear(c, kernels, "c_proj")(y), train), cache
 
 
@@ -98,7 +98,7 @@ class MLP(nn.Module):
     def __call__(self, x, train):
         c = self.config
         x = nn.gelu(linear(c, self.kernels, 4 * c.n_embd, "c_fc")(x), approximate=True)  # B, T, 4C
-        x = split(x, BATCH, None, "tensor")
+        x = constrain(x, BATCH, None, "tensor")
         return Dropout(c.dropout)(residual_linear(c, self.kernels, "c_proj")(x), train)
 
 
@@ -110,8 +110,8 @@ class Block(nn.Module):
     def __call__(self, x, cache, start, train):
         c, kernels = self.config, self.kernels
         y, cache = CausalSelfAttention(c, kernels, name="attn")(layer_norm(c, "ln_1")(x), cache, start, train)
-        x = split(x + y, BATCH, "tensor")
-        return split(x + MLP(c, kernels, name="mlp")(layer_norm(c, "ln_2")(x), train), BATCH, "tensor"), cache
+        x = constrain(x + y, BATCH, "tensor")
+        return constrain(x + MLP(c, kernels, name="mlp")(layer_norm(c, "ln_2")(x), train), BATCH, "tensor"), cache
 
 
 class GPT(nn.Module):
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         wte = self.param("wte", nn.initializers.normal(0.02), (c.vocab_size, c.n_embd))
         wpe = self.param("wpe", nn.initializers.normal(0.02), (c.block_size, c.n_embd))
         positions = lax.dynamic_slice_in_dim(wpe, start, tokens.shape[1])
-        x = split((wte[tokens] + positions).astype(c.dtype), BATCH, "tensor")  # B, T, C
+        x = constrain((wte[tokens] + positions).astype(c.dtype), BATCH, "tensor")  # B, T, C
         x = Dropout(c.dropout)(x, train)
         new_cache = []
         block = nn.remat(Block, static_argnums=(3, 4)) if c.remat and train else Block

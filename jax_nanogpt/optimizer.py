@@ -1,14 +1,14 @@
-"""The learning rate's course, AdamW, and Muon for the matrices."""
+"""The learning-rate schedule, AdamW, and Muon for the matrices."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jax_nanogpt.mesh import split
+from jax_nanogpt.mesh import constrain
 
 
-def course(config):
-    """step -> the fraction of the peak rate: linear warm-up, then down to min_lr by a cosine or a line."""
+def schedule(config):
+    """step -> the fraction of the peak learning rate: linear warm-up, then a cosine or linear decay to min_lr."""
     floor = config.min_lr / config.learning_rate
 
     def fraction(step):
@@ -24,7 +24,7 @@ def course(config):
 def orthogonalize(update):
     """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps with Muon's tuned coefficients.
 
-    q, k and v are three matrices that share an array, and are treated as three. Tall outputs get larger steps:
+    q, k and v are three matrices in one array, and are orthogonalized apart. Wide kernels take larger steps:
     https://kellerjordan.github.io/posts/muon
     """
     rows, columns = update.shape
@@ -48,14 +48,14 @@ def labels(params):
 
 
 def make_optimizer(config):
-    c, fraction = config, course(config)
+    c, fraction = config, schedule(config)
     adamw = optax.adamw(
         lambda step: c.learning_rate * fraction(step), c.beta1, c.beta2, weight_decay=c.weight_decay, mask=is_matrix
     )
     muon = optax.chain(
         optax.trace(c.muon_momentum, nesterov=True),
-        # whole on every device: 40 small products of a matrix's slices would cost more in messages than they save
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u: split(orthogonalize(split(u))), updates)),
+        # replicated: sharded, these small products would cost more in communication than they save in arithmetic
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u: constrain(orthogonalize(constrain(u))), updates)),
         optax.add_decayed_weights(c.muon_weight_decay),
         optax.scale_by_learning_rate(lambda step: c.muon_lr * fraction(step)),
     )

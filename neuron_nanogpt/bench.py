@@ -218,9 +218,12 @@ def main(argv=None):
             name, folder, engine = open_model(args, Path(scratch))
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        with chdir(scratch):
-            bench = Bench(engine, name, folder, args.new_tokens)
-            bench.run(engine)
+        try:
+            with chdir(scratch):
+                bench = Bench(engine, name, folder, args.new_tokens)
+                bench.run(engine)
+        except OSError as error:  # a full disk
+            parser.error(str(error))
     print(json.dumps({"project": "neuron_nanogpt", "results": bench.results}))
 
 

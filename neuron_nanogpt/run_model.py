@@ -55,7 +55,7 @@ def make_parser():
 def add_sampling(parser):
     """The flags that sample.py has too."""
     add = parser.add_argument
-    add("--model", help="gpt2, ..., gpt2-xl, gpt2-nano or a folder (default: gpt2, or gpt2-nano if it is unavailable)")
+    add("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)")
     add("--prompt", default="\n", help="an empty one starts from <|endoftext|> (default: a line break)")
     add("--max-new-tokens", type=int, default=100, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
@@ -99,29 +99,30 @@ def check(args):
         raise ValueError(f"--dump must be a file in an existing folder, got {args.dump}")
 
 
-def compare(engine, prompt, dtype):
-    """Prints how one step compares with the eager model: float32 on the CPU, without padding, cache or graph.
+def eager_step(engine, prompt):
+    """A decode step of the eager model, in float32 on the CPU: its token, the logits [V] without padding, a cache or a
+    graph, and the ms that it takes with them."""
+    eager = NeuronStep(engine.gpt)
 
-    Returns whether the logits are as close as expected.
-    """
-    eager = NeuronStep(engine.gpt)  # before the first graph, for which engine.gpt is converted
-
-    def eager_logits(row):
+    def logits(row):
         row = row[-engine.context :]
         return eager(torch.tensor([row]), torch.tensor([len(row)]))[0].numpy()
 
-    token = int(eager_logits(prompt).argmax())
-    expected = eager_logits([*prompt, token])
-    step, inputs = engine.example(engine.batch)
-    eager_ms = median_ms(lambda: step(*inputs))
+    token = int(logits(prompt).argmax())
+    module, inputs = engine.example(engine.batch)
+    return token, logits([*prompt, token]), median_ms(lambda: module(*inputs))
 
+
+def compare(engine, prompt, dtype):
+    """Prints how a step of the graph compares with the eager model's; whether the logits are as close as expected."""
+    token, expected, eager_ms = eager_step(engine, prompt)  # before the first graph, for which engine.gpt is converted
     tokens = np.full(engine.batch, token)
     engine.prefill([prompt] * engine.batch)
     difference = np.abs(engine.decode(tokens) - expected)
     ms = median_ms(lambda: engine.decode(tokens))
     print(f"one step: {eager_ms:.1f} ms eager in float32, {ms:.1f} ms by the graph: ratio {eager_ms / ms:.2f}")
     relative, limit = difference.max() / np.abs(expected).max(), LIMITS[dtype]
-    close = bool(relative <= limit)  # NaN is not
+    close = relative <= limit  # NaN is not
     print(
         f"logits differ by at most {difference.max():.1e}, by {difference.mean():.1e} in the mean; relative to the "
         f"largest {relative:.1e}, {'as' if close else 'NOT as'} expected (up to {limit:g})"

@@ -19,7 +19,6 @@ import torch
 from qaic_gpt2 import compiler, exporter, generation, model, quantizer, weight_loader
 from qaic_gpt2.files import RefusedError, sha256, write_folder
 from qaic_gpt2.runtime import ENGINE, Session
-from shared.sampling import Sampler
 from shared.tokenizer import find_model
 
 
@@ -80,14 +79,14 @@ class QEFFAutoModelForCausalLM:
 
     def export(self, export_dir=None):
         """The path of the ONNX file. Its folder is named by the weights, the dtype and the code, and written once."""
-        source = f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__} "
-        source += code_hash(model, weight_loader, exporter)
-        folder = Path(export_dir or home(), f"GPT2LMHeadModel-{short_hash(source)}")
-        if not folder.is_dir():
-            try:
-                gpt = weight_loader.load(self.folder, self.dtype)
-            except ValueError as error:
-                raise RefusedError(error) from None
+        code = code_hash(model, weight_loader, exporter)
+        try:
+            key = short_hash(f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__} {code}")
+            folder = Path(export_dir or home(), f"GPT2LMHeadModel-{key}")
+            gpt = None if folder.is_dir() else weight_loader.load(self.folder, self.dtype)
+        except ValueError as error:
+            raise RefusedError(error) from None
+        if gpt:
             with write_folder(folder) as temporary:
                 exporter.export(gpt, temporary)
         self.onnx_path = folder / exporter.GRAPH
@@ -152,12 +151,13 @@ class QEFFAutoModelForCausalLM:
             names = [onnx_path.name, *sorted({*map(exporter.location, tensors)} - {None})]
             return {name: sha256(folder / name) for name in names}
         try:
-            expected = json.loads((folder / exporter.SIDECAR).read_text(encoding="utf-8"))
+            expected = dict(json.loads((folder / exporter.SIDECAR).read_text(encoding="utf-8")))
             hashes = {name: sha256(folder / name) for name in (exporter.GRAPH, exporter.WEIGHTS)}
-        except (OSError, ValueError, RecursionError) as error:
-            raise RefusedError(f"{folder} cannot be read ({error}): remove it to export again") from None
-        if hashes != expected:
-            raise RefusedError(f"{folder}: SHA-256 does not match {exporter.SIDECAR}: remove it to export again")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise RefusedError(f"{folder / exporter.SIDECAR}: {error}: remove the folder to export again") from None
+        if wrong := [name for name in hashes if hashes[name] != expected.get(name)]:
+            path, sidecar = folder / wrong[0], exporter.SIDECAR
+            raise RefusedError(f"{path}: SHA-256 does not match {sidecar}: remove the folder to export again")
         return hashes
 
     @property
@@ -193,7 +193,6 @@ class QEFFAutoModelForCausalLM:
             print(f"device_id={device_id} names a card, and is without effect here")
         if hasattr(tokenizer, "convert_ids_to_tokens"):
             tokenizer = generation.HuggingFaceBytes(tokenizer)
-        sampler = sampler or Sampler(temperature=0)
         options = generation.Options(generation_len, sampler, ignore_eos, stream, return_logits)
         batches = generation.batches(prompts, self.session.batch_size)
         info = generation.join([generation.generate_batch(self.session, tokenizer, each, options) for each in batches])

@@ -17,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NamedTuple
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
@@ -32,31 +33,14 @@ from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from qaic_gpt2.exporter import WEIGHTS
 from qaic_gpt2.generation import Options, generate_batch
 from qaic_gpt2.runtime import ENGINE
-from qaic_gpt2.weight_loader import read_config, read_tensors
+from qaic_gpt2.weight_loader import read_config
 from shared.tokenizer import find_model, load_tokenizer
 
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 PAIRS = 5
 
-
-class Work(NamedTuple):
-    work: str
-    dtype: str
-    batch: int
-    prompt_tokens: int
-    new_tokens: int  # 1: prefill
-    ctx_len: int
-    prefill_seq_len: int
-
-
-class Ids:
-    """A tokenizer whose texts are lists of ids."""
-
-    eot, encode = 0, staticmethod(list)
-
-    @staticmethod
-    def to_bytes(id):
-        return b""
+Work = namedtuple("Work", "work dtype batch prompt_tokens new_tokens ctx_len prefill_seq_len")  # new_tokens 1: prefill
+IDS = SimpleNamespace(eot=0, encode=list, to_bytes=lambda id: b"")  # a tokenizer whose texts are lists of ids
 
 
 def seconds(call):
@@ -82,14 +66,16 @@ def works(block_size, new_tokens):
     half, short = block_size // 2, min(16, block_size - new_tokens)
     near = min(block_size, -(-(16 + new_tokens) // 128) * 128)
     room, chunk = min(block_size, half + 128), min(32, near)
-    yield Work("prefill", "float32", 1, half, 1, room, half)
-    yield Work("prefill_chunks", "float32", 1, half, 1, room, chunk)
-    yield Work("prefill_int8", "int8", 1, half, 1, room, half)
-    yield Work("decode", "float32", 1, short, new_tokens, near, chunk)
-    yield Work("decode_int8", "int8", 1, short, new_tokens, near, chunk)
-    yield Work("decode_float16", "float16", 1, short, new_tokens, near, chunk)
-    yield Work("decode_batch8", "float32", 8, short, new_tokens, near, chunk)
-    yield Work("decode_long", "float32", 1, block_size - new_tokens - 1, new_tokens, block_size, half)
+    return [
+        Work("prefill", "float32", 1, half, 1, room, half),
+        Work("prefill_chunks", "float32", 1, half, 1, room, chunk),
+        Work("prefill_int8", "int8", 1, half, 1, room, half),
+        Work("decode", "float32", 1, short, new_tokens, near, chunk),
+        Work("decode_int8", "int8", 1, short, new_tokens, near, chunk),
+        Work("decode_float16", "float16", 1, short, new_tokens, near, chunk),
+        Work("decode_batch8", "float32", 8, short, new_tokens, near, chunk),
+        Work("decode_long", "float32", 1, block_size - new_tokens - 1, new_tokens, block_size, half),
+    ]
 
 
 def compiled(folder, work):
@@ -110,7 +96,7 @@ def bytes_per_step(session, config, dtype):
 
 
 def generate(session, prompts, count):
-    generate_batch(session, Ids, prompts, Options(count, ignore_eos=True, stream=False))
+    generate_batch(session, IDS, prompts, Options(count, ignore_eos=True, stream=False))
 
 
 def generate_peer(reference, prompts, count):
@@ -203,24 +189,27 @@ def bench_perplexity():
 
 EXPORT = """
 import sys, time
-from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
+from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM, RefusedError
 model, start = QEFFAutoModelForCausalLM.from_pretrained(sys.argv[1]), time.perf_counter()
-model.export()
-exported = time.perf_counter()
-model.compile()
+try:
+    model.export()
+    exported = time.perf_counter()
+    model.compile()
+except (OSError, RefusedError) as error:
+    print(f"bench.py: error: {error}", file=sys.stderr)
+    sys.exit(2)
 print(exported - start, time.perf_counter() - exported)
 """
 
 
 def bench_export(folder, home):
     """Times, peak memory and size of export and compile, in a process of its own."""
-    command = [sys.executable, "-c", EXPORT, folder.resolve()]
-    root = Path(__file__).resolve().parents[1]
+    command, root = [sys.executable, "-c", EXPORT, folder.resolve()], Path(__file__).resolve().parents[1]
     # in its own session: a Ctrl-C reaches this process alone, which ends that one
-    printed = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, encoding="utf-8", cwd=root, start_new_session=True
-    ).stdout
-    export_s, compile_s = (round(float(word), 1) for word in printed.splitlines()[-1].split())
+    run = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", cwd=root, start_new_session=True)
+    if run.returncode:
+        sys.exit(run.returncode)
+    export_s, compile_s = (round(float(word), 1) for word in run.stdout.splitlines()[-1].split())
     peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
     stored_mb = sum(path.stat().st_size for path in home.rglob("*.*")) / 1e6
     print(f"export {export_s} s, compile {compile_s} s, peak {peak_mb:,} MB, on disk {stored_mb:.0f} MB", flush=True)
@@ -248,6 +237,8 @@ def make_parser():
 
 def find(args, scratch):
     """(name, folder) of the model, which can be measured."""
+    if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
+        raise ValueError("-- must not be the value of a flag")
     if args.new_tokens < 2:
         raise ValueError(f"--new-tokens must be 2 or more, got {args.new_tokens}")
     if backend.choose_device(args.device)[0] == "qaic":
@@ -262,7 +253,6 @@ def find(args, scratch):
         half = f"half of the {config.block_size} positions"
         raise ValueError(f"--new-tokens must be at most {half}, got {args.new_tokens}")
     quantizer.largest_block(config.n_embd)
-    read_tensors(folder, config)
     return name, folder
 
 

@@ -42,7 +42,7 @@ class Options:
     """generate's keywords."""
 
     generation_len: int | None = None  # None: to the end of the context
-    sampler: Sampler = field(default_factory=lambda: Sampler(temperature=0))
+    sampler: Sampler | None = None  # None: greedy
     ignore_eos: bool = False
     stream: bool = True
     return_logits: bool = False
@@ -81,11 +81,12 @@ def generate_batch(session, tokenizer, prompts, options):
     rows = [encode_prompt(tokenizer, prompt, session.vocab_size) for prompt in prompts]
     check_context(rows, session.ctx_len)
     room = session.ctx_len - max(map(len, rows)) + 1  # the last position, too, predicts a token
+    sampler = options.sampler or Sampler(temperature=0)
     end, stream = None if options.ignore_eos else tokenizer.eot, Stream(tokenizer)
     tokens, kept, ended = [], [], np.zeros(len(rows), bool)
     for step in range(min(options.generation_len or room, room)):
         logits = session.decode(tokens[-1]) if step else session.prefill(rows)  # B, V
-        tokens.append(options.sampler(logits))  # B
+        tokens.append(sampler(logits))  # B
         times_s.append(time.perf_counter())
         if options.return_logits:
             kept.append(logits.copy())

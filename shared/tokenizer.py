@@ -45,6 +45,7 @@ DEADLINE_S = 2.0  # for a host to answer
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = ("vocab.bpe", "encoder.json")  # which tiktoken builds its "gpt2" from
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+FETCH_ERRORS = (OSError, ValueError, http.client.HTTPException)
 
 
 # -- tokenizers
@@ -172,7 +173,7 @@ def gpt2_bpe() -> BPE:
         if not _in_tiktokens_cache():  # tiktoken would wait for the host without a limit
             _within(DEADLINE_S, lambda: _get(GPT2_URL + GPT2_FILES[0], 1))
         return BPE(tiktoken.get_encoding("gpt2"))
-    except _FETCH_ERRORS as error:
+    except FETCH_ERRORS as error:
         raise ValueError(
             f"GPT-2's tokenizer is not in a local cache and cannot be fetched ({_in_a_line(error)}): set "
             "TIKTOKEN_CACHE_DIR to tiktoken's cache, or run: pip install --no-deps openai-whisper"
@@ -195,7 +196,7 @@ def _read_characters(path: Path) -> Characters:
 
 def _read_vocabulary(vocab_path: Path, merges_path: Path) -> BPE:
     """GPT-2's file format. (tiktoken's own reader copies each local file to a cache, which may be read-only.)"""
-    lines = _read_text(merges_path).split("\n")
+    lines = _read(merges_path).split("\n")
     lines = lines[lines[0].startswith("#version") :]
     return _bpe(_read_json(vocab_path), [line for line in lines if line], vocab_path, merges_path)
 
@@ -290,7 +291,7 @@ def _find_default() -> Found:
 
 def find_in_cache(name: str) -> Path | None:
     """The folder of one of GPT-2's names in the hub's local cache."""
-    from huggingface_hub import try_to_load_from_cache  # 0.3 s, only for models by name
+    from huggingface_hub import try_to_load_from_cache  # an import of 0.3 s, only for models by name
 
     for repo in (f"openai-community/{name}", name):
         try:
@@ -314,10 +315,10 @@ def _find_on_hub(name: str) -> Found:
         # the hub's client would retry for half a minute; a captive portal answers, but not with JSON
         answer = _within(DEADLINE_S, lambda: _get(f"{constants.ENDPOINT}/{repo}/resolve/main/config.json"))
         json.loads(answer)
-    except _FETCH_ERRORS as error:
+    except FETCH_ERRORS as error:
         raise ValueError(f"{name} is not in the local cache and cannot be fetched ({_in_a_line(error)})") from None
     try:
-        # in a daemon thread: Ctrl-C would wait for the last byte, and for snapshot_download's own threads
+        # after Ctrl-C Python waits for the threads of snapshot_download, but not for this one
         paths = _within(None, lambda: [hf_hub_download(repo, file) for file in HUB_FILES])
     except Exception as error:  # the client, its transports and the disk each have classes of their own
         raise ValueError(f"{name} could not be downloaded ({_in_a_line(error)})") from error
@@ -326,22 +327,16 @@ def _find_on_hub(name: str) -> Found:
 
 # -- files and hosts
 
-_FETCH_ERRORS = (OSError, ValueError, http.client.HTTPException)
 
-
-def _read_text(path: Path) -> str:
+def _read(path: Path, parse=str):
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {_in_a_line(error)}") from None
 
 
 def _read_json(path: Path) -> dict:
-    text = _read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be valid JSON: {_in_a_line(error)}") from None
+    content = _read(path, json.loads)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

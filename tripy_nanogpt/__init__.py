@@ -1,3 +1,3 @@
-"""nanoGPT in nvtripy. Before any of it imports nvtripy: on a machine without TensorRT, tripy_cpu takes its place."""
+"""nanoGPT in nvtripy. tripy_cpu must be imported before nvtripy: it replaces TensorRT where that is not installed."""
 
 from tripy_nanogpt import tripy_cpu  # noqa: F401

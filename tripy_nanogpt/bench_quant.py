@@ -14,14 +14,13 @@ from matplotlib import pyplot
 from transformers import GPT2LMHeadModel
 
 from shared.tokenizer import find_model, load_tokenizer
-from tripy_nanogpt.bench_report import Work
+from tripy_nanogpt.bench_report import PROMPT_TOKENS, Work
 from tripy_nanogpt.engine import load
 from tripy_nanogpt.files import write_file
 from tripy_nanogpt.quantization import Quantization, modelopt_quantize
 from tripy_nanogpt.weight_loader import convert_to_scale
 
 TOKENS = 64  # for the errors of logits
-PROMPT_TOKENS = 16
 PLOT = Path("quant_modes.png")
 # mode; and whether the CPU multiplies its weights in bfloat16, for the perplexity and the errors as for the time
 CASES = (
@@ -107,7 +106,7 @@ def bench_quant_modes(report, name, folder, new, executables):
         nano = load_mode(find_model("gpt2-nano").folder)
         ppl, size = nano_perplexity_and_bytes(nano, windows)
         points.append((f"{mode or 'float32'}{', bfloat16' * fast}", size, ppl))
-        more = {
+        extra = {
             "quant_mode": mode or "none",
             "perplexity": round(ppl, 4),
             "relative_error": float(np.linalg.norm(logits - exact) / np.linalg.norm(exact)),
@@ -119,10 +118,10 @@ def bench_quant_modes(report, name, folder, new, executables):
         work = f"decode_{mode}{'_fast' * fast}" if mode else "decode"
         work = Work(work, name, "bfloat16" if fast else "float32", PROMPT_TOKENS, len(steps))
         peer = partial(decode, plain, steps) if mode else None
-        report.add(work, partial(decode, engine, steps), peer, "float32", **more)
+        report.add(work, partial(decode, engine, steps), peer, "float32", **extra)
         print(
-            f"  gpt2-nano's perplexity {ppl:.3f}; {name}'s logits {more['relative_error']:.1e} from float32's, "
-            f"the largest is the same in {more['top1_agreement']:.0%}; {more['weight_bytes'] / 1e6:,.0f} MB; "
+            f"  gpt2-nano's perplexity {ppl:.3f}; {name}'s logits {extra['relative_error']:.1e} from float32's, "
+            f"the largest is the same in {extra['top1_agreement']:.0%}; {extra['weight_bytes'] / 1e6:,.0f} MB; "
             f"quantized in {quantize_s:.0f} s",
             flush=True,
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 PAIRS = 5
+PROMPT_TOKENS = 16
 
 
 def time_s(call):
@@ -38,7 +39,7 @@ class Report:
         self.on_cpu = device.startswith("cpu")  # on a GPU neither transformers nor this bandwidth is comparable
         print(f"{device}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
 
-    def add(self, work, ours, peer=None, peer_name="transformers", read=0, **more):
+    def add(self, work, ours, peer=None, peer_name="transformers", read=0, **extra):
         """Median rates of ours and, interleaved, of peer, after a first call of each; the first of ours compiles.
 
         read: bytes that a step has to read from memory.
@@ -61,9 +62,9 @@ class Report:
             row["peer"] = {"name": peer_name, "tokens_per_s": round(size / peer_s, 1)}
             row["ratio"] = round(median(peer_s / ours_s for ours_s, peer_s in pairs), 3)
             line += f", {row['ratio']:.2f} x {peer_name} ({size / peer_s:,.1f})"
-        self.put(work, row | more, line)
+        self.add_row(work, row | extra, line)
 
-    def put(self, work, row, line):
+    def add_row(self, work, row, line):
         device, _, engine = self.device.partition(": ")
         empty = dict.fromkeys(("compile_s", "ttft_ms", "tokens_per_s", "peer", "ratio", "mbu"))
         row = work._asdict() | {"device": device, "engine": engine, "batch": 1} | empty | row

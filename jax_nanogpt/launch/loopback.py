@@ -1,8 +1,8 @@
-"""Several processes of train.py on this machine, as a cluster would have them on several.
+"""Run train.py in several processes on this machine, as a cluster does on several machines.
 
     python launch/loopback.py 2 config/train_pydoc_char.py [--key=value ...]
 
-The first that fails ends them all. Ctrl-C and SIGTERM are passed on: the processes save, and stop together.
+When one fails, the others are ended. Ctrl-C and SIGTERM are passed on: the processes save and stop together.
 """
 
 import signal
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-GRACE_S = 5  # for the others to find out, and say, that one is gone
+GRACE_S = 5  # for the others to notice and report that one is gone
 
 
 def free_port():
@@ -22,10 +22,19 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def kill_all(processes):
+    end = time.monotonic() + GRACE_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def main(argv=None):
     count, *flags = (sys.argv[1:] if argv is None else argv) or [""]
     if not (count.isascii() and count.isdigit() and int(count)):
-        print(f"the number of processes is {count!r}, 1 or more is expected", file=sys.stderr)
+        print(f"the number of processes must be 1 or more, got {count!r}", file=sys.stderr)
         return 2
     count, where = int(count), f"--coordinator=127.0.0.1:{free_port()}"
     processes = []
@@ -34,23 +43,18 @@ def main(argv=None):
     for i in range(count):
         command = [sys.executable, TRAIN, *flags, where, f"--num_processes={count}", f"--process_id={i}"]
         processes.append(subprocess.Popen(command, start_new_session=True))  # else a Ctrl-C would come twice
-    ended = [None]
-    while None in ended and not any(ended):
+    statuses = [None]
+    while None in statuses and not any(statuses):
         time.sleep(0.1)
-        ended = [process.poll() for process in processes]
-    if not any(ended):
+        statuses = [process.poll() for process in processes]
+    if not any(statuses):
         return 0
-    failed = next(i for i, status in enumerate(ended) if status)
-    end = time.monotonic() + GRACE_S
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        time.sleep(0.1)
-    for process in processes:
-        process.kill()
-        process.wait()
-    status = ended[failed]
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    if status not in (2, 130):  # these have said it themselves
-        print(f"\nprocess {failed} of {count} ended with {how}, and so all did", file=sys.stderr)
+    failed = next(i for i, status in enumerate(statuses) if status)
+    kill_all(processes)
+    status = statuses[failed]
+    reason = f"signal {-status}" if status < 0 else f"status {status}"
+    if status not in (2, 130):  # train.py has printed a message
+        print(f"\nprocess {failed} of {count} ended with {reason}; the others were ended", file=sys.stderr)
     return 128 - status if status < 0 else status
 
 

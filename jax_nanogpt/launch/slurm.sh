@@ -1,11 +1,11 @@
 #!/bin/bash
-# train.py on two machines of eight GPUs, a process for each GPU, as Slurm starts them:
+# train.py on two machines of eight GPUs, one process per GPU, started by Slurm:
 #
 #     sbatch launch/slurm.sh config/train_gpt2.py --mesh=data:2,fsdp:8
 #
-# JAX reads from Slurm's variables where process 0 is, how many there are, and which GPU is whose; out_dir is on a disk
-# that all machines see. Two minutes before the time is up Slurm sends SIGTERM: the processes save, and say how to go
-# on. After a machine has failed Slurm starts the job again, and it goes on from the last checkpoint.
+# JAX reads the address of process 0, the number of processes and each one's GPU from Slurm's variables; out_dir is on a
+# disk that all machines see. Two minutes before the time limit Slurm sends SIGTERM: the processes save and stop. After
+# a machine has failed Slurm starts the job again, and it resumes from the last checkpoint.
 #SBATCH --job-name=jax_nanogpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -96,12 +96,13 @@ def bad_words(draw, flags: dict[str, str]):
 
 # -- files
 
-percent = st.integers(0, 99)
+percent = st.integers(0, 100)
 json_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=3)
 json_values |= st.lists(st.none() | st.integers(), max_size=2)
 json_values |= st.sampled_from([{}, 1.5, 7, 2**20, 2**24 - 1, 10**400, "\n"])
 DAMAGE = {  # of a file's bytes; where is a percentage
     "cut": lambda data, where: data[: len(data) * where // 100],
+    "last byte cut": lambda data, _: data[:-1],
     "doubled": lambda data, _: data + data,
     "zeros": lambda data, _: bytes(len(data)),
     "pickle": lambda data, _: pickle.dumps(Payload()),
@@ -118,11 +119,12 @@ names = st.sampled_from(["config.json", "model.safetensors", *TOKENIZER]).map("m
 in_bytes = st.tuples(st.sampled_from([*DAMAGE, "flipped", "missing", "folder"]), names, percent)
 in_json = st.tuples(st.just("json"), st.just("model/config.json"), st.sampled_from(KEYS), json_values)
 in_json |= st.tuples(st.just("json"), st.just("model/vocab.json"), st.sampled_from(["a", "<|endoftext|>"]), json_values)
-in_json |= st.tuples(st.just("json"), st.just("model/meta.json"), st.just("chars"), json_values | st.just("Tobe "))
+chars = st.sampled_from(["", "aa", "\ud800", 5, None, [], {}])
+in_json |= st.tuples(st.just("json"), st.just("model/meta.json"), st.just("chars"), chars)
 fields = st.sampled_from(["dtype", "shape", "data_offsets", "extra"])
 dtypes = st.sampled_from(["F8_E4M3", "I64", "BOOL", "F16", "\0"])
 in_header = st.tuples(st.just("header"), st.just("model/model.safetensors"), percent, fields, json_values | dtypes)
-cuts = st.tuples(st.just("cut"), names, percent)
+cuts = st.tuples(st.just("cut") | st.just("last byte cut"), names, percent)
 
 
 def damages(made: list[str]):
@@ -156,7 +158,7 @@ def header_end(data: bytes) -> int:
 def change_header(data: bytes, where: int, field: str, value) -> bytes:
     """One field of one tensor in a safetensors file."""
     header = json.loads(data[8 : header_end(data)])
-    tensor = sorted(header)[len(header) * where // 100]
+    tensor = sorted(header)[(len(header) - 1) * where // 100]
     header[tensor] |= {field: value}
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[header_end(data) :]

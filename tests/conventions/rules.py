@@ -47,7 +47,7 @@ def sections(readme: str) -> list[str]:
 
 
 def unpinned(requirements: str) -> list[str]:
-    """The lines that are no option, no exact version and no git commit."""
+    """The lines that are neither an option nor an exact version nor a git commit."""
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in requirements.splitlines()]
     exact = re.compile(r"[\w.\[\],-]+==[\w.+!]+(\s*;.*)?|[\w-]+ @ git\+\S+@[0-9a-f]{40}")
     option = re.compile(r"(-f|--find-links|--extra-index-url|-r) .*|")

@@ -1,5 +1,6 @@
 """The conventions that ruff and import-linter (pyproject.toml) do not check."""
 
+import ast
 import configparser
 import os
 import re
@@ -8,7 +9,7 @@ import subprocess
 import pytest
 import tomllib
 
-from tests.conventions import rules
+from tests.conventions import measures, rules
 from tests.conventions.rules import ROOT, env_of, example_of
 
 PROJECTS = rules.projects(ROOT)
@@ -85,6 +86,21 @@ def test_shared_holds_the_tokenizer_and_sampling():
     assert {path.name for path in PATHS if path.parts[0] == "shared"} == rules.SHARED
     packages = [path for path in PATHS if path.parts[0] == "tests" and path.name == "__init__.py"]
     assert not packages, "a package tests/jax would shadow jax"
+
+
+def source_of(path, name):
+    for node in ast.parse(text := read(path)).body:
+        if name in (getattr(node, "name", ""), *(target.id for target in getattr(node, "targets", ()))):
+            return ast.get_source_segment(text, node)
+    return pytest.fail(f"{path} must define {name}")
+
+
+SAME = ["FIXED", "FLOATS", "read_config", "read_json", "weight_files", "tensor_shapes", "read_tensors", "check_tensor"]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_weight_loaders_have_the_same_text(name):
+    assert len({source_of(f"{project}/weight_loader.py", name) for project in PROJECTS}) == 1
 
 
 # -- pins
@@ -167,7 +183,7 @@ FORBIDDEN = {  # in the files whose path matches: why
     (r".*\.(py|ipynb)", r"\b(allow_pickle|trust_remote_code)\b\s*=\s*(?!False)"): "checkpoints are data, not programs",
     (r".*\.py", r"\.read_text\(\)|\.write_text\([^(),\n]*\)|text=True(?![^)]*encoding)"): "name the encoding",
     (TESTED_ON_WINDOWS, r"import (fcntl|grp|pty|pwd|resource)\b|os\.fork|SIGKILL|SIGALRM"): "Windows lacks it",
-    (r"tests/.*\.py", r"mark\.(skip|xfail)\b(?!\(reason=\"no --readme)"): "a skip needs a condition and a reason",
+    (r"tests/.*\.py", r"mark\.(skip|xfail)\b"): "a skip needs a condition and a reason",
     (r"tests/.*\.py", r"\b(collect_ignore|pytest_ignore_collect|__test__|allow_module_level)"): "it leaves out tests",
 }
 
@@ -175,6 +191,11 @@ FORBIDDEN = {  # in the files whose path matches: why
 def forbidden(path, text):
     found = [(pattern, why) for (name, pattern), why in FORBIDDEN.items() if re.fullmatch(name, path)]
     return [f"{path}: {match[0]}: {why}" for pattern, why in found if (match := re.search(pattern, text))]
+
+
+def test_no_function_has_more_than_50_lines():
+    long = [function for function in measures.functions(ROOT) if function.lines > 50]
+    assert not long
 
 
 def test_no_file_holds_what_is_forbidden():

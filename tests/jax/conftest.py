@@ -1,4 +1,4 @@
-"""No test asks a hub, and none traces or compiles a program again that another one has."""
+"""No test uses the network, and none compiles a program that another test has compiled."""
 
 import os
 import sys
@@ -9,14 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 import jax
 import pytest
 
-from jax_nanogpt import train
+from jax_nanogpt import metrics, train
 from jax_nanogpt.data.corpus import write_characters
-from tests.jax.runs import TINY
+from tests.jax.runs import OFTEN, TINY
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("kills", "kill -9 in training (make kills)")
-    group.addoption("--kills", type=int, default=4, help="how many (default: %(default)s)")
+    group.addoption("--kills", type=int, default=3, help="how many (default: %(default)s)")
     group.addoption("--kills-seed", type=int, default=0, help="of their moments (default: %(default)s)")
 
 
@@ -31,11 +31,13 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_optimizer_per_settings():
-    """JAX traces a program again for another optimizer, and a new one is another: runs of equal settings share one."""
+    """JAX traces a program again for every new optimizer object: runs with equal settings share one."""
     make, made = train.make_optimizer, {}
 
     def make_once(config):
-        key = tuple(value for name, value in vars(config).items() if name not in train.FREE)
+        names = "optimizer learning_rate muon_lr muon_momentum muon_weight_decay weight_decay beta1 beta2 grad_clip"
+        names += " schedule warmup_iters lr_decay_iters min_lr"
+        key = tuple(getattr(config, name) for name in names.split())
         if key not in made:
             made[key] = make(config)
         return made[key]
@@ -50,6 +52,20 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_characters(folder, "".join(topics[name] for name in sorted(topics)[:8]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(dataset, tmp_path_factory):
+    """The out_dir of a run with checkpoints of iterations 2, 4 and 6. Tests copy it to write there."""
+    folder = tmp_path_factory.mktemp("finished")
+    train.main([*TINY, f"--dataset={dataset}", f"--out_dir={folder}", *OFTEN, "--max_iters=6"])
+    return folder
+
+
+@pytest.fixture
+def no_chart(monkeypatch):
+    """Plotting takes longer than everything else in a tiny run; test_train.py sees a chart plotted."""
+    monkeypatch.setattr(metrics.Metrics, "plot", lambda self: None)
 
 
 @pytest.fixture

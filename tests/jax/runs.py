@@ -1,4 +1,4 @@
-"""train.py's runs, for the tests: how to start one, and what it left behind."""
+"""Runs of train.py for the tests: how to start one, and what it wrote."""
 
 import json
 import os
@@ -15,24 +15,27 @@ from jax_nanogpt import train
 from jax_nanogpt.checkpoint import Checkpoints
 
 SCRIPT = Path(train.__file__)
-TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_iters=3")
+END_S = 300  # a guard against a hang, far above what any run takes
+TINY = ("--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_iters=3")
 TINY += ("--gradient_accumulation_steps=2", "--dropout=0.2", "--dtype=float32", "--device=cpu")
 TINY += ("--learning_rate=1e-2", "--min_lr=1e-3", "--warmup_iters=5", "--lr_decay_iters=40", "--eval_interval=1000")
+TINY += ("--iters_per_call=4",)  # as many in all: one compiled program serves most tests
+OFTEN = ("--eval_interval=2",)
 
-MESH_RUN = ("--n_layer=1", "--n_head=4", "--batch_size=8", "--optimizer=muon", "--learning_rate=1e-3", "--min_lr=1e-4")
-MESH_RUN += ("--iters_per_call=1",)
+MESH_RUN = ("--n_head=4", "--batch_size=8", "--optimizer=muon", "--learning_rate=1e-3", "--min_lr=1e-4")
+MESH_RUN += ("--muon_weight_decay=0.1", "--iters_per_call=1")
 
 
 def environment(*xla_flags):
-    """For a process with more of XLA's flags: those that are set already stay, as --xla_cpu_max_isa in CI."""
+    """For a process with these XLA flags and those that are set already, as --xla_cpu_max_isa in CI."""
     flags = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *xla_flags])
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(SCRIPT.parents[1])}
 
 
 def wait_until(process, happened):
-    end = time.monotonic() + 300  # a guard against a hang, and no limit that a slow machine comes near
+    end = time.monotonic() + END_S
     while not happened():
-        assert process.poll() is None, "the run ended too soon"
+        assert process.poll() is None, "the run ended early"
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -43,7 +46,7 @@ def start(dataset, out_dir, *flags, **options):
 
 
 def state(out_dir):
-    """The last checkpoint whole: its iteration, and every array of the parameters and the optimizer."""
+    """The last checkpoint: its iteration, and every array of the parameters and the optimizer state."""
     checkpoints = Checkpoints(out_dir)
     last = checkpoints.last()
     read = ocp.args.StandardRestore(fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))

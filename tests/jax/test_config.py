@@ -36,7 +36,7 @@ def test_settings_come_from_a_file_and_from_flags(tmp_path):
     assert type(from_file("rate = 2", tmp_path).rate) is float
 
 
-def test_a_flag_comes_before_a_file_wherever_it_stands_and_the_last_of_each_counts(tmp_path):
+def test_a_flag_overrides_a_file_in_any_order_and_the_last_of_each_counts(tmp_path):
     for name, count in ("first.py", 1), ("second.py", 2):
         (tmp_path / name).write_text(f"count = {count}\nrate = {count}.0", encoding="utf-8")
     found = configure(Toy(), ["--count=7", "first.py", "--count=8", "second.py"], tmp_path)
@@ -44,46 +44,43 @@ def test_a_flag_comes_before_a_file_wherever_it_stands_and_the_last_of_each_coun
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
-        ("counts = 3", "toy.py:1: counts is no setting; near are: count"),
-        ("zzzz = 3", "toy.py:1: zzzz is no setting; near are: count, name, quick, rate"),
-        ("\ncount = 1.5", "toy.py:2: count is 1.5, a value of type int is expected"),
-        ("count = True", "count is True, a value of type int is expected"),
-        ("quick = 1", "quick is 1, a value of type bool is expected"),
-        ("count = 2 * 3", "count is 2 * 3, a literal is expected"),
-        ("count = open('x')", "count is open('x'), a literal is expected"),
-        ("import os", "toy.py:1: `import os` is not of the form: key = literal"),
-        ("count: int = 3", "is not of the form: key = literal"),
-        ("if True:\n  count = 3", "is not of the form: key = literal"),
-        ("count = ", "is not a readable config file"),
+        ("counts = 3", "toy.py:1: unknown setting counts; did you mean count?"),
+        ("zzzz = 3", "toy.py:1: unknown setting zzzz; --help lists the settings"),
+        ("\ncount = 1.5", "toy.py:2: count must be of type int, got 1.5"),
+        ("count = True", "count must be of type int, got True"),
+        ("count = 2 * 3", "count must be a literal, got 2 * 3"),
+        ("import os", "toy.py:1: each line must be key = literal, got 'import os'"),
+        ("count: int = 3", "each line must be key = literal"),
+        ("count = ", "cannot be read as a config file"),
+        ("count = " + "-" * 5000 + "1", "toy.py"),  # beyond the parser's or the evaluator's recursion
     ],
 )
-def test_a_mistake_in_a_file_is_one_line(text, complaint, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(complaint)):
+def test_a_mistake_in_a_file_is_named(text, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
         from_file(text, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("flag", "complaint"),
+    ("flag", "message"),
     [
-        ("--cuont=3", "--cuont=3: cuont is no setting; near are: count"),
-        ("--count", "--count: the form is --key=value"),
-        ("--count=x", "--count=x: count is 'x', a value of type int is expected"),
-        ("--rate=fast", "rate is 'fast', a value of type float is expected"),
-        ("--count=__import__('os')", "a value of type int is expected"),
-        ("nowhere.py", "nowhere.py is not a readable config file"),
+        ("--cuont=3", "unknown setting cuont; did you mean count?"),
+        ("--count", "a flag must be --key=value, got '--count'"),
+        ("--count=x", "count must be of type int, got 'x'"),
+        ("--count=" + "(" * 5000, "count must be of type int"),
+        ("nowhere.py", "nowhere.py' cannot be read as a config file"),
     ],
 )
-def test_a_mistake_in_a_flag_is_one_line(flag, complaint, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(complaint)):
+def test_a_mistake_in_a_flag_is_named(flag, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
         from_file("", tmp_path, flag)
 
 
 @given(st.from_type(Toy))
-def test_every_value_survives_the_way_through_a_flag(toy):
+def test_a_flag_gives_back_every_value(toy):
     flags = [f"--{key}={value}" for key, value in vars(toy).items()]
-    if toy.rate == toy.rate and abs(toy.rate) != float("inf"):  # these have no literal
+    if toy.rate == toy.rate and abs(toy.rate) != float("inf"):  # NaN and infinity have no literal
         assert configure(Toy(), flags, Path()) == toy
 
 
@@ -93,23 +90,26 @@ def test_the_config_files_hold_known_settings_within_limits(path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "complaint"),
+    ("flag", "message"),
     [
-        ("--optimizer=sgd", "optimizer is 'sgd', one of adamw, muon is expected"),
-        ("--schedule=step", "schedule is 'step', one of cosine, linear, constant is expected"),
-        ("--dtype=float16", "dtype is 'float16', one of float32, bfloat16 is expected"),
-        ("--batch_size=0", "batch_size is 0, 1 or more is expected"),
-        ("--dropout=-0.1", "dropout is -0.1, 0 or more is expected"),
-        ("--dropout=1.0", "dropout is 1.0, below 1 is expected"),
-        ("--min_lr=1e999", "min_lr is inf, a finite number is expected"),
-        ("--learning_rate=0", "learning_rate is 0.0, above 0 is expected"),
-        ("--mesh=heads:2", "mesh is 'heads:2': 'heads:2' is not one of its axes"),
-        ("--num_processes=2", "num_processes is 2, and a coordinator, host:port, is expected with it"),
-        ("--coordinator=somewhere", "coordinator is 'somewhere', host:port or auto is expected"),
-        ("--process_id=1", "process_id is 1, below num_processes (1) is expected"),
-        ("--n_head=5", "n_embd is 768, a multiple of n_head (5) is expected"),
+        ("--lr=1", "unknown setting lr; did you mean learning_rate?"),
+        ("--optimizer=sgd", "optimizer must be one of adamw, muon, got 'sgd'"),
+        ("--batch_size=0", "batch_size must be 1 or more, got 0"),
+        ("--n_head=0", "n_head must be 1 or more, got 0"),
+        ("--process_id=-1", "process_id must be 0 or more, got -1"),
+        ("--dropout=-0.1", "dropout must be a finite number, 0 or more, got -0.1"),
+        ("--dropout=1.0", "dropout must be below 1, got 1.0"),
+        ("--min_lr=1e999", "min_lr must be a finite number, 0 or more, got inf"),
+        ("--learning_rate=0", "learning_rate must be above 0, got 0.0"),
+        ("--mesh=heads:2", "got 'heads:2' in 'heads:2'"),
+        ("--num_processes=2", "coordinator must be host:port or auto, for several processes, got ''"),
+        ("--coordinator=somewhere", "coordinator must be host:port or auto, for several processes, got 'somewhere'"),
+        ("--process_id=1", "process_id must be below num_processes (1), got 1"),
+        ("--n_head=5", "n_embd must be a multiple of n_head (5), got 768"),
+        ("--out_dir=", "out_dir must be a folder, got ''"),
+        ("--seed=18446744073709551616", "seed must be below 2**63, got 18446744073709551616"),
     ],
 )
-def test_a_setting_outside_its_limits_is_refused(flag, complaint):
-    with pytest.raises(ValueError, match=re.escape(complaint)):
+def test_a_setting_outside_its_limits_is_refused(flag, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         configure(Config(), [flag], PROJECT).check()

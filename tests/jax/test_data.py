@@ -1,4 +1,4 @@
-"""The datasets: what is written, what is downloaded and checked, what a machine without a network is told."""
+"""The datasets: what is written, what is downloaded and checked, the message without a network, and the batches."""
 
 import hashlib
 import http.client
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from jax_nanogpt.data import corpus
+from jax_nanogpt.data.nano import prepare as nano
 from jax_nanogpt.data.openwebtext import prepare as openwebtext
-from jax_nanogpt.train import Config, cut, draw_starts
+from jax_nanogpt.dataset import cut, draw_starts
+from jax_nanogpt.train import Config
 from shared.tokenizer import find_model, load_tokenizer
 
 TEXT = "First Citizen:\nWe are accounted poor citizens, the patricians good; ünïcödé.\n\n" * 200
@@ -50,111 +52,109 @@ def local_copy(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [("shakespeare_char", ()), ("shakespeare", ("--model", "gpt2-nano")), ("shakespeare", ())],
-    ids=["characters", "nano's tokens", "GPT-2's tokens"],
-)
-def test_a_local_copy_becomes_bins_that_decode_to_it(name, flags, local_copy, prepare):
-    folder, status, printed = prepare(name, "--input", local_copy, *flags)
-    assert status == 0 and "is not tiny Shakespeare as published" in printed.out
-    train, val = splits_of(folder)
-    assert train + val == TEXT and len(train) == int(0.9 * len(TEXT))
-    assert not [path for path in folder.iterdir() if path.suffix in (".pkl", ".part")]
+@pytest.fixture
+def downloads(monkeypatch):
+    """What urlopen returns or raises, one after another."""
+    responses = []
 
-
-def test_a_dataset_in_other_tokens_forgets_the_former_tokenizer(local_copy, prepare):
-    folder, _, _ = prepare("shakespeare", "--input", local_copy, "--model", "gpt2-nano")
-    assert load_tokenizer(folder).n_vocab == load_tokenizer(find_model("gpt2-nano").folder).n_vocab
-    prepare("shakespeare", "--input", local_copy)
-    assert load_tokenizer(folder).n_vocab == 50257 and splits_of(folder)[0] == TEXT[: int(0.9 * len(TEXT))]
-
-
-def test_pythons_own_text_needs_nothing_and_repeats_little(prepare):
-    folder, status, _ = prepare("pydoc_char")
-    assert status == 0
-    train, val = splits_of(folder)
-    assert len(train) > 200_000 and abs(len(val) / (len(train) + len(val)) - 0.1) < 0.001
-    seen = corpus.shingles(train)
-    assert len(seen) > 0.85 * len(train)
-
-
-def test_nanos_data_holds_out_what_heldout_json_names(local_copy, prepare):
-    folder, status, _ = prepare("nano", "--input", local_copy)
-    assert status == 0
-    held = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))
-    names = held["pydoc_data.topics"]["topics"]
-    train, val = splits_of(folder)
-    assert val == "<|endoftext|>".join([TEXT[held["shakespeare"]["from_character"] :], *(topics[n] for n in names), ""])
-    rest = set().union(*(corpus.shingles(text) for name, text in topics.items() if name not in names))
-    for name in names:
-        parts = corpus.shingles(topics[name])
-        assert len(parts & rest) < 0.02 * len(parts)
-        assert topics[name] not in train
-    # 7.0 % of Python 3.11's text, 4.5 % of 3.12's, where more topics repeat others
-    assert 0.04 < sum(len(topics[n]) for n in names) / sum(map(len, corpus.pydoc_topics().values())) <= 0.1
-
-
-@pytest.mark.parametrize("name", ["shakespeare_char", "nano"])
-def test_without_a_network_one_line_says_both_ways_on(name, prepare, monkeypatch):
     def urlopen(url, timeout):
-        raise urllib.error.URLError("no route to host")
+        response = responses.pop(0)
+        if isinstance(response, Exception):
+            raise response
+        return io.BytesIO(response)
 
     monkeypatch.setattr(corpus.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(corpus.time, "sleep", lambda seconds: None)
+    return responses
+
+
+def test_a_local_copy_becomes_bins_that_decode_to_it(local_copy, prepare):
+    """In characters; in gpt2-nano's tokens; and in GPT-2's, in the folder that had nano's."""
+    for name, flags, vocabulary in (
+        ("shakespeare_char", (), len(set(TEXT))),
+        ("shakespeare", ("--model", "gpt2-nano"), 1408),
+        ("shakespeare", (), 50257),
+    ):
+        folder, status, printed = prepare(name, "--input", local_copy, *flags)
+        assert status == 0 and "is not tiny Shakespeare as published" in printed.out
+        train, val = splits_of(folder)
+        assert train + val == TEXT and len(train) == int(0.9 * len(TEXT))
+        assert load_tokenizer(folder).n_vocab == vocabulary
+        assert not [path for path in folder.iterdir() if path.suffix in (".pkl", ".part")]
+
+
+def test_pythons_own_text_needs_no_download_and_repeats_little(prepare):
+    folder, status, _ = prepare("pydoc_char")
+    train, val = splits_of(folder)
+    assert status == 0 and len(train) > 200_000 and abs(len(val) / (len(train) + len(val)) - 0.1) < 0.001
+    assert len(corpus.shingles(train)) > 0.85 * len(train)
+
+
+def test_nanos_data_holds_out_what_heldout_json_names(local_copy, prepare, monkeypatch):
+    monkeypatch.setattr(nano, "COPIES", 1)
+    folder, status, _ = prepare("nano", "--input", local_copy)
+    held = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))
+    names = held["pydoc_data.topics"]["topics"]
+    train, val = splits_of(folder)
+    assert status == 0
+    assert val == "<|endoftext|>".join([TEXT[held["shakespeare"]["from_character"] :], *(topics[n] for n in names), ""])
+    assert not any(topics[name] in train for name in names)
+    # 7.0 % of Python 3.11's text, 4.5 % of 3.12's, where more topics repeat others
+    assert 0.04 < sum(len(topics[n]) for n in names) / sum(map(len, corpus.pydoc_topics().values())) <= 0.1
+    committed = json.loads((find_model("gpt2-nano").folder / "heldout.json").read_text(encoding="utf-8"))
+    for held_out in names, committed["pydoc_data.topics"]["topics"]:
+        rest = set().union(*(corpus.shingles(text) for name, text in topics.items() if name not in held_out))
+        for name in set(held_out) & topics.keys():
+            shingles = corpus.shingles(topics[name])
+            assert len(shingles & rest) < 0.02 * len(shingles), name
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "nano"])
+def test_without_a_network_one_line_names_both_remedies(name, prepare, downloads):
+    downloads[:] = [urllib.error.URLError("no route to host")] * 3
     folder, status, printed = prepare(name)
     assert status == 2 and printed.err.count("\n") == 1 and "no route to host" in printed.err
     assert "--input FILE" in printed.err and "data/pydoc_char/prepare.py" in printed.err
     assert not list(folder.iterdir())
 
 
-def test_a_text_too_short_to_split_is_refused_and_writes_nothing(prepare, tmp_path):
-    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
-    folder, status, printed = prepare("shakespeare_char", "--input", tmp_path / "empty.txt")
-    assert status == 2 and "with 0 characters; 100 or more are expected" in printed.err
+@pytest.mark.parametrize("name", ["shakespeare_char", "nano"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "--input must have 100 characters or more, got 0 in"),
+        (b"\xff" * 200, "--input must be a UTF-8 text file, got"),
+        (None, "--input must be a UTF-8 text file, got"),
+    ],
+)
+def test_a_local_copy_that_cannot_be_used_is_refused_in_one_line(name, content, message, prepare, tmp_path):
+    if content is not None:
+        (tmp_path / "copy.txt").write_bytes(content)
+    folder, status, printed = prepare(name, "--input", tmp_path / "copy.txt")
+    assert status == 2 and message in printed.err and printed.err.count("\n") == 1
     assert not list(folder.iterdir())
 
 
-def test_a_missing_local_copy_is_one_line(prepare, tmp_path):
-    _, status, printed = prepare("shakespeare_char", "--input", tmp_path / "nowhere")
-    assert status == 2 and printed.err.count("\n") == 1 and "--input is" in printed.err
-
-
-def test_a_download_is_tried_again_and_checked(monkeypatch, capsys):
-    good, answers = b"the text", []
-
-    def urlopen(url, timeout):
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return io.BytesIO(answer)
-
-    monkeypatch.setattr(corpus.urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(corpus.time, "sleep", lambda seconds: None)
+def test_a_download_is_retried_and_checked(downloads):
+    good = b"the text"
     sha256 = hashlib.sha256(good).hexdigest()
-    answers[:] = [urllib.error.URLError("down"), b"half of the te", good]
-    assert corpus.download("https://example.org", sha256) == good
-    answers[:] = [http.client.IncompleteRead(b"half"), good]
-    assert corpus.download("https://example.org", sha256) == good
-    answers[:] = [b"forged"] * 3
-    with pytest.raises(SystemExit):
+    downloads[:] = [urllib.error.URLError("down"), b"half of the te", good, http.client.IncompleteRead(b"half"), good]
+    assert corpus.download("https://example.org", sha256) == corpus.download("https://example.org", sha256) == good
+    downloads[:] = [b"forged"] * 3
+    with pytest.raises(OSError, match="its SHA-256 does not match"):
         corpus.download("https://example.org", sha256)
-    assert "its SHA-256 is not the expected one" in capsys.readouterr().err
 
 
 def test_openwebtext_is_written_text_by_text(tmp_path):
     tokenizer = load_tokenizer(find_model("gpt2-nano").folder)
     openwebtext.write(({"text": f"text {number}"} for number in range(4001)), tokenizer, tmp_path)
-    train, val = (
-        tokenizer.decode(np.fromfile(tmp_path / f"{split}.bin", np.uint16).tolist()).split("<|endoftext|>")
-        for split in ("train", "val")
-    )
+    openwebtext.copy_tokenizer(tmp_path, find_model("gpt2-nano").folder)
+    train, val = (text.split("<|endoftext|>") for text in splits_of(tmp_path))
     assert val == ["text 1999", "text 3999", ""]
     assert train == [f"text {number}" for number in range(4001) if number not in (1999, 3999)] + [""]
-    assert not list(tmp_path.glob("*.part"))
 
 
-def test_openwebtext_that_is_interrupted_leaves_nothing(tmp_path):
+def test_openwebtext_that_is_interrupted_leaves_no_files(tmp_path):
     def documents():
         yield {"text": "text"}
         raise KeyboardInterrupt
@@ -169,7 +169,8 @@ def test_openwebtext_without_datasets_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         openwebtext.main([])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "the package datasets is missing: pip install datasets\n"
+    message = "OpenWebText is not available: the package datasets is missing: pip install datasets\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def batches(text, config, first, count):
@@ -186,21 +187,21 @@ def test_a_resumed_run_sees_the_examples_that_an_unbroken_one_would(draw):
     assert (batches(text, replace(config, seed=1), 0, 20) != examples).any()
 
 
-def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
+def test_an_epoch_shows_every_window_once_in_its_own_order():
     config = Config(draw="epochs", block_size=16, batch_size=4, gradient_accumulation_steps=2)
     text, windows = np.arange(1000, dtype=np.uint16), 1000 // 16 - 1
     examples = batches(text, config, 0, 20)
     assert examples.shape == (20, 2, 4, 17) and (np.diff(examples) == 1).all()
     starts = examples[..., 0].ravel()
     epochs = starts[:windows], starts[windows : 2 * windows]
-    for epoch in epochs:  # side by side: together they are one unbroken stretch
+    for epoch in epochs:  # adjacent windows
         assert np.diff(np.sort(epoch)).tolist() == [16] * (windows - 1) and np.diff(epoch).min() < 0
     assert (epochs[0] // 16).tolist() != (epochs[1] // 16).tolist()
 
 
 @pytest.mark.parametrize("draw", ["anywhere", "epochs"])
 @pytest.mark.parametrize("tokens", [17, 18, 32, 33, 48])
-def test_a_text_of_hardly_more_than_a_window_is_enough(draw, tokens):
+def test_a_text_hardly_longer_than_a_window_is_enough(draw, tokens):
     config = Config(draw=draw, block_size=16, batch_size=4, gradient_accumulation_steps=1)
     examples = batches(np.arange(tokens, dtype=np.uint16), config, 0, 50)
     assert examples.min() == 0 and examples.max() == tokens - 1

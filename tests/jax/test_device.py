@@ -1,4 +1,4 @@
-"""device.py: what this CPU can do, what the first line says of it, and where compiled programs are kept."""
+"""device.py: bfloat16 on this CPU, the first line of output, threads, the compilation cache."""
 
 import os
 import warnings
@@ -40,7 +40,7 @@ def machine(tmp_path, monkeypatch):
         ("avx512_bf16 amx_bf16", "--xla_dump_to=x --xla_cpu_max_isa=AVX512_BF16", True),
         ("avx512_bf16 amx_bf16", "--xla_cpu_max_isa=amx", True),
         ("avx512_bf16", "--xla_cpu_max_isa=AMX --xla_cpu_max_isa=AVX2", False),  # the last one counts
-        ("avx2", "--xla_cpu_max_isa=AMX", False),  # a limit, and no promise
+        ("avx2", "--xla_cpu_max_isa=AMX", False),  # it is only a limit
     ],
 )
 def test_bfloat16_is_what_the_cpu_has_and_xla_may_use(instructions, xla_flags, expected, machine):
@@ -64,15 +64,20 @@ def test_the_first_line_says_where_bfloat16_takes_the_plain_path(machine):
     assert device.describe([CPU], "bfloat16") == f"cpu: {jax_version}"
 
 
-def test_a_device_that_is_not_there_is_an_error_and_no_cpu_run():
-    with pytest.raises(ValueError, match="^device is gpu, but JAX finds only: cpu$"):
-        device.choose_devices("gpu")
-    with pytest.raises(ValueError, match="^device is cuda, one of auto, cpu, gpu, tpu is expected$"):
-        device.choose_devices("cuda")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", r"^device must be one that JAX finds here \(cpu\), got 'gpu'$"),
+        ("cuda", "^device must be one of auto, cpu, gpu, tpu, got 'cuda'$"),
+    ],
+)
+def test_a_missing_device_is_an_error_and_not_a_cpu_run(name, message):
+    with pytest.raises(ValueError, match=message):
+        device.choose_devices(name)
 
 
-def test_several_cpu_devices_get_threads_enough_to_wait_for_each_other(monkeypatch):
-    """XLA's own number is the larger one of cores and devices, with which collectives that run at once deadlock."""
+def test_several_cpu_devices_have_threads_enough_to_wait_for_each_other(monkeypatch):
+    """With XLA's own number, the larger one of cores and devices, concurrent collectives deadlock."""
 
     def threads(xla_flags, **more):
         monkeypatch.delenv("PJRT_NPROC", raising=False)
@@ -82,19 +87,19 @@ def test_several_cpu_devices_get_threads_enough_to_wait_for_each_other(monkeypat
         return os.environ.get("PJRT_NPROC")
 
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert threads("") is None  # one device's arithmetic is not to be cut up for more threads than cores
+    assert threads("") is None  # one device needs no more threads than cores
     assert threads("--xla_force_host_platform_device_count=1") is None
-    assert threads("--xla_force_host_platform_device_count=4") == str(4 * device.THREADS)
+    assert threads("--xla_force_host_platform_device_count=4") == str(4 * device.THREADS_PER_DEVICE)
     assert threads("--xla_force_host_platform_device_count=4", PJRT_NPROC="7") == "7"
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    assert threads("") == str(device.THREADS)
+    assert threads("") == str(device.THREADS_PER_DEVICE)
     monkeypatch.setattr(os, "cpu_count", lambda: 100)
     assert threads("") == "100"
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """keep_compiled's settings, which are the process's: as they were, afterwards."""
+def cache_settings(monkeypatch):
+    """use_compilation_cache changes the process's settings; the test's end restores them."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
@@ -103,34 +108,29 @@ def compiled(monkeypatch):
         jax.config.update(name, value)
 
 
-def test_compiled_programs_are_kept_by_machine_unless_jaxs_own_variable_says_where(compiled, tmp_path):
-    compiled.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_cache_is_per_host_unless_jaxs_own_variable_names_it_or_home_is_read_only(cache_settings, tmp_path):
+    cache_settings.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     before = jax.config.jax_compilation_cache_dir
-    compiled.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    device.keep_compiled()
+    cache_settings.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    device.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before and not list(tmp_path.iterdir())
-    compiled.delenv("JAX_COMPILATION_CACHE_DIR")
-    for host in "one", "other":
-        compiled.setattr(device.platform, "node", lambda host=host: host)
-        device.keep_compiled()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jax_nanogpt" / host)
-
-
-def test_a_home_that_cannot_be_written_is_no_matter(compiled, tmp_path):
-    (tmp_path / "file").touch()
-    compiled.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    compiled.delenv("JAX_COMPILATION_CACHE_DIR")
-    before = jax.config.jax_compilation_cache_dir
-    device.keep_compiled()
+    cache_settings.delenv("JAX_COMPILATION_CACHE_DIR")
+    (tmp_path / "home").touch()
+    device.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
+    (tmp_path / "home").unlink()
+    for host in "one", "other":
+        cache_settings.setattr(device.platform, "node", lambda host=host: host)
+        device.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "home" / "jax_nanogpt" / host)
 
 
-def test_a_damaged_program_is_removed_without_a_warning_and_other_warnings_are_shown(compiled, tmp_path):
+def test_a_damaged_cache_entry_is_deleted_without_a_warning_and_other_warnings_are_shown(cache_settings, tmp_path):
     shown = []
-    compiled.setattr(warnings, "showwarning", lambda message, *rest, **more: shown.append(str(message)))
+    cache_settings.setattr(warnings, "showwarning", lambda message, *args, **kwargs: shown.append(str(message)))
     for name in "jit_f-123-cache", "jit_g-123-cache":
         (tmp_path / name).touch()
-    device.forget_damaged(tmp_path)
+    device.delete_damaged_entries(tmp_path)
     warnings.showwarning("Error reading persistent compilation cache entry for 'jit_f': damaged", UserWarning, "", 1)
     warnings.showwarning("another", UserWarning, "", 1)
     assert shown == ["another"] and os.listdir(tmp_path) == ["jit_g-123-cache"]

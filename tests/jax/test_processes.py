@@ -1,4 +1,4 @@
-"""Several processes on loopback: what one gives, each reads its part, one writes, and they stop and fail together."""
+"""Several processes on loopback: the losses of one, each reads its examples, one writes, all stop and fail together."""
 
 import json
 import os
@@ -12,20 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_nanogpt.train import Config, draw_starts
-from tests.jax.runs import MESH_RUN, SCRIPT, TINY, environment, losses_of, start, state, wait_until
+from jax_nanogpt import train
+from jax_nanogpt.dataset import draw_starts
+from jax_nanogpt.train import Config
+from tests.jax.runs import END_S, MESH_RUN, SCRIPT, TINY, environment, losses_of, start, state, wait_until
 
 pytestmark = pytest.mark.processes
 LAUNCH = SCRIPT.parent / "launch" / "loopback.py"
-OFTEN = ("--eval_interval=4", "--max_iters=100000")
-END_S = 300  # a guard against a hang: what is waited for here takes half a minute at most, on a quiet machine
+LONG = ("--eval_interval=4", "--max_iters=100000")
 
-# train.py that writes down which examples it reads for its first iteration, and where process 1 gets a SIGTERM
+# train.py that records which examples it reads for its first iteration; process 1 gets a SIGTERM
 WATCHED = """
 import json, os, signal, sys
-from jax_nanogpt import train
+from jax_nanogpt import dataset, train
 
-cut, draw_starts, number, first_call = train.cut, train.draw_starts, sys.argv[-1][-1], []
+cut, draw_starts, number, first_call = dataset.cut, train.draw_starts, sys.argv[-1][-1], []
 
 def draw(tokens, config, first, count):
     first_call.append(first)
@@ -39,7 +40,7 @@ def watched_cut(data, starts, block_size):
             file.write("".join(f"{start}\\n" for start in starts.ravel()))
     return cut(data, starts, block_size)
 
-train.cut, train.draw_starts = watched_cut, draw
+dataset.cut, train.draw_starts = watched_cut, draw
 sys.exit(train.main())
 """
 LAUNCH_WATCHED = """
@@ -53,7 +54,7 @@ sys.exit(loopback.main())
 
 @pytest.fixture(scope="module")
 def launch(dataset):
-    """launch(out_dir, flags...): two processes, of one device each or more, with a launcher above them."""
+    """launch(out_dir, flags...): a launcher of two processes, each of one device or more."""
     started = []
 
     def call(out_dir, *flags, devices=1, launcher=(LAUNCH,), **variables):
@@ -73,11 +74,11 @@ def launch(dataset):
 
 @pytest.fixture(scope="module")
 def stopped(launch, tmp_path_factory):
-    """Two processes of four devices each, which a signal to the second one stopped: (folder, stdout, stderr)"""
+    """Two processes of two devices each, which a signal to the second one stopped: (folder, stdout, stderr)"""
     folder = tmp_path_factory.mktemp("two")
     (folder / "train.py").write_text(WATCHED, encoding="utf-8")
     launcher = "-c", LAUNCH_WATCHED, folder / "train.py"
-    process = launch(folder / "out", *OFTEN, "--mesh=data:2,fsdp:4", devices=4, launcher=launcher, WATCHED=str(folder))
+    process = launch(folder / "out", *LONG, "--mesh=data:2,fsdp:2", devices=2, launcher=launcher, WATCHED=str(folder))
     printed, errors = process.communicate(timeout=END_S)
     assert process.returncode == 0, errors
     return folder, printed, errors
@@ -105,59 +106,64 @@ def test_a_process_reads_the_examples_of_its_own_devices(stopped, dataset):
 def test_a_signal_to_one_stops_all_at_one_iteration(stopped):
     folder, printed, errors = stopped
     last, _ = state(folder / "out")
-    assert f"stopped at iteration {last}; --init_from=resume goes on" in errors.splitlines()
-    assert len(re.findall(r"GPT \(0.0M parameters\) on 8 x cpu: jax \S+, mesh data:2,fsdp:4", printed)) == 1
+    assert f"stopped at iteration {last}; resume with --init_from=resume" in errors.splitlines()
+    assert len(re.findall(r"GPT \(0.0M parameters\) on 4 x cpu: jax \S+, mesh data:2,fsdp:2", printed)) == 1
     assert len(re.findall(rf"iter {last} loss", printed)) == 1
     written = {path.name for path in (folder / "out" / "checkpoints" / str(last) / "params").iterdir()}
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= written  # Orbax's, in parallel
 
 
-def test_they_lose_what_one_device_loses_which_goes_on_where_they_stopped(stopped, run, tmp_path):
-    folder, _, _ = stopped
-    last, _ = state(folder / "out")
-    shutil.copytree(folder / "out", tmp_path / "two")
-    for out_dir, begin in (tmp_path / "one", ()), (tmp_path / "two", ("--init_from=resume",)):
-        run(out_dir, *MESH_RUN, OFTEN[0], f"--max_iters={last + 3}", *begin)
+@pytest.fixture(scope="module")
+def on_one(stopped, dataset, tmp_path_factory):
+    """(the iteration where the two were stopped, the out_dir of the same run on one device, three iterations longer)"""
+    last, _ = state(stopped[0] / "out")
+    folder = tmp_path_factory.mktemp("one")
+    train.main([*TINY, *MESH_RUN, f"--dataset={dataset}", f"--out_dir={folder}", LONG[0], f"--max_iters={last + 3}"])
+    return last, folder
+
+
+def test_they_lose_what_one_device_loses_which_resumes_where_they_stopped(stopped, on_one, run, tmp_path):
+    last, one = on_one
+    shutil.copytree(stopped[0] / "out", tmp_path / "two")
+    run(tmp_path / "two", *MESH_RUN, LONG[0], f"--max_iters={last + 3}", "--init_from=resume")
     for kind, needed in ("loss", range(1, last + 4)), ("val_loss", [0, 4, last + 3]):
-        two, one = (losses_of(tmp_path / name, kind) for name in ("two", "one"))
-        assert [two[i] for i in needed] == pytest.approx([one[i] for i in needed], abs=1e-5)
+        found, expected = losses_of(tmp_path / "two", kind), losses_of(one, kind)
+        assert [found[i] for i in needed] == pytest.approx([expected[i] for i in needed], abs=1e-5)
 
 
 @pytest.mark.faults
-def test_one_that_dies_ends_the_others_and_what_two_resumed_is_kept(stopped, launch, run, tmp_path):
-    """Either of the two; both pairs go on from a checkpoint that eight devices wrote."""
-    last, before = state(stopped[0] / "out")
-    pairs = []
+def test_one_that_dies_ends_the_others_and_what_two_resumed_is_kept(stopped, on_one, launch, tmp_path):
+    """Either of the two; both pairs resume from a checkpoint that four devices wrote."""
+    (last, one), pairs = on_one, []
     for victim in 0, 1:
         out_dir = tmp_path / f"victim {victim}"
         shutil.copytree(stopped[0] / "out", out_dir)
-        pairs.append((out_dir, launch(out_dir, *OFTEN, "--init_from=resume")))
-    run(tmp_path / "one", *MESH_RUN, f"--max_iters={last + 3}")
-    one = losses_of(tmp_path / "one", "loss")
+        pairs.append((out_dir, launch(out_dir, *LONG, "--init_from=resume")))
+    expected = losses_of(one, "loss")
     for victim, (out_dir, process) in enumerate(pairs):
         wait_until(process, checkpointed(out_dir, last + 4))
         pids = children(process)
         os.kill(pids[victim], signal.SIGKILL)
         _, errors = process.communicate(timeout=END_S)
-        last_line = errors.splitlines()[-1]
-        assert process.returncode != 0 and re.fullmatch(r"process [01] of 2 ended with .*, and so all did", last_line)
+        pattern = r"process [01] of 2 ended with .*; the others were ended"
+        assert process.returncode != 0 and re.fullmatch(pattern, errors.splitlines()[-1])
         assert not any(Path(f"/proc/{pid}/stat").exists() for pid in pids)
         assert state(out_dir)[0] >= last + 4
-        two = losses_of(out_dir, "loss")
-        assert [two[last + i] for i in (1, 2, 3)] == pytest.approx([one[last + i] for i in (1, 2, 3)], abs=1e-5)
+        found = losses_of(out_dir, "loss")
+        assert [found[last + i] for i in (1, 2, 3)] == pytest.approx([expected[last + i] for i in (1, 2, 3)], abs=1e-5)
 
 
 @pytest.mark.faults
-def test_one_that_stands_still_ends_the_others(launch, tmp_path, request):
+def test_one_that_hangs_ends_the_others(launch, tmp_path, request):
     if not request.config.getoption("--slow", default=False):
         pytest.skip("waits for minutes: --slow")
-    process = launch(tmp_path, *OFTEN)
+    process = launch(tmp_path, *LONG)
     wait_until(process, checkpointed(tmp_path, 4))
-    standing = children(process)[1]
-    os.kill(standing, signal.SIGSTOP)
+    hanging = children(process)[1]
+    os.kill(hanging, signal.SIGSTOP)
     process.communicate(timeout=END_S)
     assert process.returncode != 0
-    assert not Path(f"/proc/{standing}/stat").exists()
+    assert not Path(f"/proc/{hanging}/stat").exists()
     assert state(tmp_path)[0] >= 4
 
 
@@ -167,13 +173,14 @@ def test_a_mistake_ends_in_one_line_and_status_2_also_where_all_make_it(launch, 
     two = launch(tmp_path / "none", "--mesh=tensor:8", "--batch_size=3", devices=4)
     _, errors = alone.communicate(timeout=END_S)
     assert alone.returncode == 2 and errors.count("\n") == 1
-    assert errors.startswith("coordinator is auto, where the processes do not find each other: ")
+    assert "the processes did not connect through coordinator 'auto': " in errors
     _, errors = two.communicate(timeout=END_S)
-    assert two.returncode == 2 and "mesh is tensor:8, but n_head is 4" in errors and "Traceback" not in errors
+    assert two.returncode == 2 and "Traceback" not in errors
+    assert "n_head must be a multiple of tensor (8) for mesh tensor:8, got 4" in errors
     assert not (tmp_path / "none").exists()
 
 
-# the launcher alone, over scripts that stand for train.py
+# --- the launcher alone, with scripts in place of train.py
 
 
 SAY = """
@@ -192,7 +199,7 @@ def launched(tmp_path, script):
     return subprocess.Popen(command, env=environment(), **options)
 
 
-def test_the_launcher_tells_each_its_number_and_where_the_first_one_listens(tmp_path):
+def test_the_launcher_gives_each_its_number_and_the_coordinators_address(tmp_path):
     printed, _ = launched(tmp_path, "say(sys.argv[1:])").communicate(timeout=END_S)
     flags = [json.loads(line.replace("'", '"')) for line in sorted(printed.splitlines())]
     assert [sorted(words)[2:] for words in flags] == [
@@ -207,11 +214,11 @@ def test_the_launcher_ends_with_the_status_of_the_first_that_fails(tmp_path):
         ("sys.exit(0)", 0, ""),
         ("sys.exit(2)", 2, ""),
         ("sys.exit(130)", 130, ""),
-        ("sys.exit(7 * number)", 7, "process 1 of 2 ended with status 7, and so all did"),
+        ("sys.exit(7 * number)", 7, "process 1 of 2 ended with status 7; the others were ended"),
         (
             "os.kill(os.getpid(), signal.SIGKILL if number else 0)",
             137,
-            "process 1 of 2 ended with signal 9, and so all did",
+            "process 1 of 2 ended with signal 9; the others were ended",
         ),
     ):
         process = launched(tmp_path, script)

@@ -38,7 +38,7 @@ def out_dir(tmp_path_factory):
     Characters(CHARS).save(folder)
     config = GPTConfig(block_size=32, vocab_size=len(CHARS), n_layer=1, n_head=2, n_embd=32, bias=False, dropout=0.5)
     about = {"model": vars(config) | {"fast": True}}
-    checkpoints = Checkpoints(folder, "afresh")
+    checkpoints = Checkpoints.start(folder)
     for step, loss in (10, 1.0), (20, 2.0):
         params = init_params(config, jax.random.key(step))
         checkpoints.save(step, params, {"count": np.zeros(1)}, about, loss)

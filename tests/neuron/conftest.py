@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from neuron_nanogpt import compiler, run_model, weight_loader
-from tests.neuron import standin
+from tests.neuron.standin import StandIn
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -83,7 +83,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def neuron(monkeypatch, tmp_path):
     """A machine with a NeuronCore, as far as the scripts can see."""
-    module = standin.make()
+    module = StandIn()
     monkeypatch.setitem(sys.modules, "torch_neuronx", module)
     monkeypatch.setattr(compiler, "DRIVER", tmp_path)
     return module

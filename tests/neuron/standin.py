@@ -1,9 +1,9 @@
 """torch_neuronx for the tests: its documented contract, enforced, around TorchScript on the CPU.
 
-What it refuses, the real one refuses or gets wrong: arguments by position, inputs that are no tensors, other shapes or
-dtypes than those traced, aliases of what is no parameter, control flow that depends on data. As there, the state is in
-`trace.states`, and move_trace_to_device puts other tensors in its place. Tracing leaves in the state what the function
-wrote there. Without --auto-cast=none float32 is rounded to bfloat16; without --enable-saturate-infinity a trn1's masks
+What it refuses, the real one refuses or gets wrong: arguments by position, inputs that are not tensors, other shapes or
+dtypes than those traced, aliases of what is not a parameter, control flow that depends on data. As there, the state is
+in `trace.states`, and move_trace_to_device replaces its tensors. Tracing leaves in the state what the function wrote
+there. Without --auto-cast=none float32 is rounded to bfloat16; without --enable-saturate-infinity a trn1's masks
 overflow.
 """
 
@@ -83,13 +83,17 @@ def other(tensor):
     return torch.randint(2, 4, tensor.shape, dtype=tensor.dtype)
 
 
-def make(aliased_are_returned=False):
-    """A module torch_neuronx with a record of its calls. The documents do not say whether aliased outputs come back."""
-    module = types.ModuleType("torch_neuronx")
-    module.__spec__ = importlib.machinery.ModuleSpec("torch_neuronx", None)
-    module.traced, module.moved, module.parallel = [], [], []
+class StandIn(types.ModuleType):
+    """The module, with a record of its calls. The documents do not say whether aliased outputs are returned."""
+
+    def __init__(self, aliased_are_returned=False):
+        super().__init__("torch_neuronx")
+        self.__spec__ = importlib.machinery.ModuleSpec("torch_neuronx", None)
+        self.aliased_are_returned = aliased_are_returned
+        self.traced, self.moved, self.parallel = [], [], []
 
     def trace(
+        self,
         func,
         example_inputs,
         *_,
@@ -105,51 +109,56 @@ def make(aliased_are_returned=False):
         if not isinstance(example_inputs, tuple) or not all(isinstance(x, torch.Tensor) for x in example_inputs):
             raise TypeError("example_inputs is a tuple of tensors")
         options = compiler_args.split() if isinstance(compiler_args, str) else list(compiler_args or [])
-        targets = [option.partition("=")[2] for option in options if option.startswith("--target")]
-        if any(target not in TARGETS for target in targets) or cpu_backend and not targets:
-            raise ValueError(f"--target {targets}")
+        check_target(options, cpu_backend)
         parameters = {id(parameter): name for name, parameter in func.named_parameters()}
         if not all(id(parameter) in parameters for parameter in input_output_aliases):
-            raise ValueError("input_output_aliases names what is no parameter of the function")
-        names, states = [parameters[id(p)] for p in input_output_aliases], list(input_output_aliases)
-        outputs = list(input_output_aliases.values())
-
+            raise ValueError("every key of input_output_aliases must be a parameter of the function")
+        names = [parameters[id(parameter)] for parameter in input_output_aliases]
+        states, outputs = list(input_output_aliases), list(input_output_aliases.values())
         graph = Graph(func, names, len(example_inputs))
-        before = [state.clone() for state in states]
-        compiled = torch.jit.trace(graph, ([*example_inputs, *states],), check_trace=False, strict=False)
-        out = compiled([*example_inputs, *states])
-        if not all(torch.equal(state, old) for state, old in zip(states, before, strict=True)):
-            raise RuntimeError("the function changes its state in place: it is to return the new one")
-        for state, index in zip(states, outputs, strict=True):
-            if not 0 < index < len(out) or (out[index].shape, out[index].dtype) != (state.shape, state.dtype):
-                raise ValueError(f"output {index} is not the new value of the parameter that is aliased to it")
-        data = [*map(other, example_inputs), *map(torch.randn_like, states)]
-        for replayed, computed in zip(compiled(data), graph(data), strict=True):
-            if not torch.allclose(replayed, computed, atol=1e-3):
-                raise RuntimeError("control flow depends on data: the trace gives another result than the function")
-        states = [out[index] for index in outputs]
-        shown = len(out) if aliased_are_returned else len(out) - len(outputs)
-        module.traced.append(
-            types.SimpleNamespace(kind=type(func).__name__, args=options, inline=inline_weights_to_neff, names=names)
-        )
-        return torch.jit.script(NeuronModule(compiled, states, example_inputs, outputs, shown, options))
+        compiled, out = compile_graph(graph, example_inputs, states, outputs)
+        shown = len(out) if self.aliased_are_returned else len(out) - len(outputs)
+        call = {"kind": type(func).__name__, "args": options, "inline": inline_weights_to_neff, "names": names}
+        self.traced.append(types.SimpleNamespace(**call))
+        left = [out[index] for index in outputs]
+        return torch.jit.script(NeuronModule(compiled, left, example_inputs, outputs, shown, options))
 
-    def move_trace_to_device(trace, device_id):
+    def move_trace_to_device(self, trace, device_id):
         assert isinstance(device_id, int)
         for name, state in trace.states.named_parameters():
             trace.states._parameters[name] = state.clone()
-        module.moved.append(device_id)
+        self.moved.append(device_id)
 
-    class DataParallel:
-        def __init__(self, model, device_ids=None, dim=0, set_dynamic_batching=True):
-            assert not [name for name, _ in model.named_parameters() if name.startswith("states.")]
-            self.model, self.devices, self.dim = model, device_ids, dim
-            module.parallel.append(device_ids)
+    def DataParallel(self, model, device_ids=None, dim=0, set_dynamic_batching=True):
+        assert not [name for name, _ in model.named_parameters() if name.startswith("states.")]
+        self.parallel.append(device_ids)
 
-        def __call__(self, *tensors):
-            shards = zip(*(tensor.chunk(len(self.devices), self.dim) for tensor in tensors), strict=True)
-            outs = [self.model(*shard) for shard in shards]
-            return [torch.cat(parts, self.dim) for parts in zip(*outs, strict=True)]
+        def call(*tensors):
+            shards = zip(*(tensor.chunk(len(device_ids), dim) for tensor in tensors), strict=True)
+            outs = [model(*shard) for shard in shards]
+            return [torch.cat(parts, dim) for parts in zip(*outs, strict=True)]
 
-    module.trace, module.move_trace_to_device, module.DataParallel = trace, move_trace_to_device, DataParallel
-    return module
+        return call
+
+
+def check_target(options, cpu_backend):
+    targets = [option.partition("=")[2] for option in options if option.startswith("--target")]
+    if any(target not in TARGETS for target in targets) or cpu_backend and not targets:
+        raise ValueError(f"--target {targets}")
+
+
+def compile_graph(graph, inputs, states, outputs):
+    """The traced graph and its outputs, if its states and its control flow are as documented."""
+    before = [state.clone() for state in states]
+    compiled = torch.jit.trace(graph, ([*inputs, *states],), check_trace=False, strict=False)
+    out = compiled([*inputs, *states])
+    if not all(torch.equal(state, old) for state, old in zip(states, before, strict=True)):
+        raise RuntimeError("the function changes its state in place, but must return the new one")
+    for state, index in zip(states, outputs, strict=True):
+        if not 0 < index < len(out) or (out[index].shape, out[index].dtype) != (state.shape, state.dtype):
+            raise ValueError(f"output {index} is not the new value of the parameter that is aliased to it")
+    data = [*map(other, inputs), *map(torch.randn_like, states)]
+    for replayed, computed in zip(compiled(data), graph(data), strict=True):
+        if not torch.allclose(replayed, computed, atol=1e-3):
+            raise RuntimeError("control flow depends on data: the trace gives another result than the function")
+    return compiled, out

@@ -1,6 +1,7 @@
 """bench.py: what its figures count, with a clock that the tests set; no test here depends on a real time."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,3 +116,12 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, capsys):
         bench.main(["--model=gpt2-nano", *flags])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_one_line(small, tmp_path, capfd):
+    folder = shutil.copytree(small, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit) as caught:
+        bench.main([f"--model={folder}", "--new-tokens=8"])
+    error = capfd.readouterr().err
+    assert caught.value.code == 2 and str(folder) in error and error.count("\n") == 1

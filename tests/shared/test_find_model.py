@@ -19,6 +19,7 @@ from shared.tokenizer import byte_of_character, find_model
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+OFFLINE = "gpt2 is not in the local cache and HF_HUB_OFFLINE is set"
 FILES = {
     "config.json": b'{"model_type": "gpt2", "vocab_size": 50257}',
     "model.safetensors": b"weights",
@@ -147,7 +148,7 @@ def test_the_environment_says_where_the_cache_is_and_that_the_hub_is_not_asked(t
 
 def test_half_a_model_in_the_cache_is_not_enough(tmp_path, hub_settings):
     put_in_cache(tmp_path, "gpt2", ["config.json"])
-    with pytest.raises(ValueError, match="^gpt2 is not in the local cache and HF_HUB_OFFLINE is set$"):
+    with pytest.raises(ValueError, match=f"^{OFFLINE}$"):
         find_model("gpt2")
 
 
@@ -164,15 +165,13 @@ def test_a_cached_model_without_a_tokenizer_is_not_the_default(tmp_path, nano, n
 
 
 def test_without_any_model_the_error_names_both(hub_settings):
-    says = "^gpt2 is not in the local cache and HF_HUB_OFFLINE is set, and .*gpt2-nano must hold config.json"
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=f"^{OFFLINE}, and .*gpt2-nano must hold config.json"):
         find_model(None)
 
 
 def test_without_cache_and_network_the_default_is_nano_and_says_why(nano):
-    why = "gpt2 is not in the local cache and HF_HUB_OFFLINE is set"
-    assert find_model(None) == ("gpt2-nano", nano, why)
-    with pytest.raises(ValueError, match=f"^{why}$"):
+    assert find_model(None) == ("gpt2-nano", nano, OFFLINE)
+    with pytest.raises(ValueError, match=f"^{OFFLINE}$"):
         find_model("gpt2")
 
 
@@ -238,10 +237,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub():
+def hub(hub_settings):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.fetched, server.asked, server.ended = [], threading.Event(), threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    hub_settings(HF_HUB_OFFLINE=False, ENDPOINT=server.url, HUGGINGFACE_CO_URL_TEMPLATE=template)
+    hub_settings(HF_HUB_DISABLE_XET=True, HF_HUB_DOWNLOAD_TIMEOUT=60)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server
     server.ended.set()
@@ -249,25 +251,17 @@ def hub():
     server.server_close()
 
 
-@pytest.fixture
-def hub_here(hub, hub_settings):
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    hub_settings(HF_HUB_OFFLINE=False, ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=template)
-    hub_settings(HF_HUB_DISABLE_XET=True, HF_HUB_DOWNLOAD_TIMEOUT=60)
-    return hub
-
-
-def test_a_model_is_downloaded_once_and_then_in_the_cache(hub_here):
+def test_a_model_is_downloaded_once_and_then_in_the_cache(hub):
     first, second = find_model(None), find_model("gpt2")
     assert (first.name, first.why) == ("gpt2", "downloaded from the hub")
     assert second == ("gpt2", first.folder, "in the local cache")
     assert sorted(os.listdir(first.folder)) == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
     assert (first.folder / "model.safetensors").read_bytes() == b"weights"
-    assert "pytorch_model.bin" not in hub_here.fetched
+    assert "pytorch_model.bin" not in hub.fetched
 
 
 @pytest.mark.parametrize(("mode", "says"), [("portal", "cannot be fetched"), ("breaks", "could not be downloaded")])
-def test_a_hub_that_fails_leaves_nano_and_the_reason(hub_here, nano, hub_settings, monkeypatch, mode, says):
+def test_a_hub_that_fails_leaves_nano_and_the_reason(hub, nano, hub_settings, monkeypatch, mode, says):
     monkeypatch.setattr(Hub, "mode", mode)
     monkeypatch.setattr(time, "sleep", lambda s: None)  # between the client's five attempts
     found = find_model(None)
@@ -277,15 +271,15 @@ def test_a_hub_that_fails_leaves_nano_and_the_reason(hub_here, nano, hub_setting
     assert str(error.value).isprintable() and len(str(error.value)) < 300
 
 
-def test_ctrl_c_ends_a_download_that_hangs_and_the_next_one_is_whole(tmp_path, hub_here, monkeypatch):
+def test_ctrl_c_ends_a_download_that_hangs_and_the_next_one_is_whole(tmp_path, hub, monkeypatch):
     """The client itself would wait for its threads until the last byte has arrived."""
     monkeypatch.setattr(Hub, "mode", "hangs")
     code = "import sys\nfrom shared.tokenizer import find_model\n"
     code += "try: find_model('gpt2')\nexcept KeyboardInterrupt: sys.exit(130)"
-    environment = os.environ | {"HF_ENDPOINT": hub_here.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("HF_HUB_OFFLINE", None)
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
-    assert hub_here.asked.wait(120)
+    assert hub.asked.wait(120)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130  # the hub sends nothing until the test has ended
     monkeypatch.setattr(Hub, "mode", "whole")

@@ -104,11 +104,11 @@ def test_decoding_inverts_encoding(text):
     assert characters.decode(characters.encode(text)) == text
 
 
-@given(st.lists(st.integers(0, 50256)))
-def test_a_stream_gives_what_decode_gives_and_never_half_a_character(ids):
+@given(st.text().map(GPT2.encode), st.lists(st.integers(0, 50256)))
+def test_a_stream_gives_what_decode_gives_and_never_half_a_character(ids, more_ids):
     stream = Stream(GPT2)
-    pieces = [stream.push(id) for id in ids]
-    assert "".join(pieces) + stream.end() == GPT2.decode(ids)
+    pieces = [stream.push(id) for id in ids + more_ids]
+    assert "".join(pieces) + stream.end() == GPT2.decode(ids + more_ids)
 
 
 def test_the_end_of_text_in_a_text_is_text_unless_asked_for(gpt2_folder):
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_previous_characters(tmp_path, monkeypatch):
 )
 def test_a_damaged_character_file_is_named(tmp_path, content):
     write(tmp_path / "meta.json", content)
-    with pytest.raises(ValueError, match=r"meta\.json must (be valid JSON|hold)") as error:
+    with pytest.raises(ValueError, match=r"meta\.json (cannot be read: |must hold )") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -223,13 +223,13 @@ def test_a_small_vocabulary_is_read_with_any_systems_line_endings(small_folder, 
         ("vocab.json", '"he": 256', '"he": 1000', "must number its 260 tokens from 0"),
         ("vocab.json", '"<|endoftext|>"', '"<|end|>"', r"lacks the token '<\|endoftext\|>'"),
         ("vocab.json", '"A"', '"AA"', "lacks the token 'A'"),
-        ("vocab.json", '"he": 256', f'"he": {5000 * "1"}', "must be valid JSON"),
+        ("vocab.json", '"he": 256', f'"he": {5000 * "1"}', "cannot be read: "),
         ("vocab.json", "259}", '259, "": 260}', "has the token '', which merges.txt does not produce"),
         ("vocab.json", "259}", '259, "\\ud800": 260}', r"has the token '\\ud800', which merges.txt does not produce"),
         ("merges.txt", "he ll\n", "", "has the token 'hell', which merges.txt does not produce"),
         ("merges.txt", "he ll", "h ell", "does not fit vocab.json at the line 'h ell'"),
         ("merges.txt", "he ll", "he ll\n<| endoftext|>", "does not fit vocab.json at the line '<. endoftext.>'"),
-        ("vocab.json", "259}", "259", "must be valid JSON"),
+        ("vocab.json", "259}", "259", "cannot be read: "),
         ("merges.txt", "h e\nl l", "l l\nh e", "does not fit vocab.json at the line 'h e'"),
         ("merges.txt", "l l", "l x", "does not fit vocab.json at the line 'l x'"),
         ("merges.txt", "l l", "l l l", "does not fit vocab.json at the line 'l l l'"),

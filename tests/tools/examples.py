@@ -13,33 +13,23 @@ import numpy as np
 
 from tests.conventions.rules import env_of, example_of
 
+OPTIONS = (
+    "--model={model} --prompt={prompt} --max-new-tokens={new_tokens} --dtype=float32 --temperature={temperature} "
+    "--top-k={top_k} --seed={seed} --ignore-eos --dump={dump}"
+)
+
 
 class Example(NamedTuple):
-    options: str  # words; what stands in braces is filled in
+    options: str = OPTIONS
     slides: bool = False  # past the context, by nanoGPT's crop; otherwise the text ends there
     numpy: bool = True  # samples by shared/sampling.py
 
 
 EXAMPLES = {
-    "jax_nanogpt": Example(
-        "--init_from={model} --start={prompt} --max_new_tokens={new_tokens} --dtype=float32 --num_samples=1 "
-        "--temperature={temperature} --top_k={top_k} --seed={seed} --ignore_eos --dump={dump}",
-        slides=True,
-        numpy=False,
-    ),
-    "neuron_nanogpt": Example(
-        "--model={model} --prompt={prompt} --max-new-tokens={new_tokens} --dtype=float32 "
-        "--temperature={temperature} --top-k={top_k} --seed={seed} --ignore-eos --dump={dump}",
-        slides=True,
-    ),
-    "qaic_gpt2": Example(
-        "--model={model} --prompt={prompt} --max-new-tokens={new_tokens} --dtype=float32 "
-        "--temperature={temperature} --top-k={top_k} --seed={seed} --ignore-eos --dump={dump}",
-    ),
-    "tripy_nanogpt": Example(
-        "--model={model} --input-text={prompt} --max-new-tokens={new_tokens} --dtype=float32 "
-        "--temperature={temperature} --top-k={top_k} --seed={seed} --ignore-eos --dump={dump}",
-    ),
+    "jax_nanogpt": Example(f"{OPTIONS} --num-samples=1", slides=True, numpy=False),
+    "neuron_nanogpt": Example(slides=True),
+    "qaic_gpt2": Example(),
+    "tripy_nanogpt": Example(),
 }
 
 

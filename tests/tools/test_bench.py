@@ -96,7 +96,7 @@ def test_rounds_interleave_the_projects_and_their_median_counts(checkout, set_be
 
 
 @pytest.mark.parametrize("text", ["no", "[]", '{"results": '])
-def test_a_last_line_that_is_no_document_is_a_failure(checkout, set_bench, run, text):
+def test_a_last_line_that_is_not_the_document_is_a_failure(checkout, set_bench, run, text):
     set_bench("alpha", body=f"sys.exit(print({text!r}))")
     status, out = run()
     assert status == 1 and "alpha_gpt, gpt2-nano, 3.6M parameters: FAILED: its last line must be" in out

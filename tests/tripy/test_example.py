@@ -139,25 +139,30 @@ def test_a_character_model_writes_characters_and_needs_a_prompt(run, main, refus
 # -- verify
 
 
+@pytest.fixture
 def verify(main, capsys, wide):
-    """(exit status, the functions that are as expected)"""
-    status = main([f"--model={wide}", "--verify", "--input-text=To be, or not to be"])
-    lines = capsys.readouterr().out.splitlines()[1:]
-    return status, [line.partition(":")[0] for line in lines if ": as expected (up to 0.01)" in line]
+    """-> (exit status, the functions that are as expected)"""
+
+    def verify():
+        status = main([f"--model={wide}", "--verify", "--input-text=To be, or not to be"])
+        lines = capsys.readouterr().out.splitlines()[1:]
+        return status, [line.partition(":")[0] for line in lines if ": as expected (up to 0.01)" in line]
+
+    return verify
 
 
-def test_verify_measures_all_three_functions(main, capsys, wide):
-    assert verify(main, capsys, wide) == (0, ["forward", "prefill, decode"])
+def test_verify_measures_all_three_functions(verify):
+    assert verify() == (0, ["forward", "prefill, decode"])
 
 
 @pytest.mark.parametrize(
     ("function", "passed"), [("forward", ["prefill, decode"]), ("prefill", ["forward"]), ("decode", ["forward"])]
 )
 @pytest.mark.parametrize("spoil", [lambda logits: logits + 0.02 * abs(logits).max(), lambda logits: logits * np.nan])
-def test_verify_fails_for_each_function(main, capsys, monkeypatch, wide, function, passed, spoil):
+def test_verify_fails_for_each_function(verify, monkeypatch, function, passed, spoil):
     exact = getattr(Engine, function)
     monkeypatch.setattr(Engine, function, lambda *args: spoil(exact(*args)))
-    assert verify(main, capsys, wide) == (1, passed)
+    assert verify() == (1, passed)
 
 
 # -- mistakes
@@ -177,9 +182,9 @@ def test_verify_fails_for_each_function(main, capsys, monkeypatch, wide, functio
         (["--dtype=int8"], "--dtype"),
         (["--quant-mode=int2"], "--quant-mode must be int8-weight-only, int4-weight-only, int4-awq, float8 or fp8"),
         (["--quant-mode=float8", "--calibration-data=nowhere"], "--calibration-data must be cnn_dailymail, a .txt"),
-        (["--quant-mode=float8", "--calibration-data=nowhere.txt"], "--calibration-data nowhere.txt cannot be read"),
+        (["--quant-mode=float8", "--calibration-data=nowhere.txt"], "--calibration-data 'nowhere.txt' cannot be read"),
         (["--device=gpu"], "--device must be auto or cpu without TensorRT, got gpu: pip install -r requirements.txt"),
-        (["--device=tpu"], "--device must be auto, cpu or gpu, got tpu"),
+        (["--device=tpu"], "--device must be auto, cpu or gpu, got 'tpu'"),
         (["--dump=nowhere/d.npz"], "--dump must be a file in an existing folder, got nowhere/d.npz"),
         (["--dump=/tmp"], "--dump must be a file in an existing folder, got /tmp"),
         ([f"--input-text={'so ' * 300}"], "--prompt must be at most 256 tokens long, got "),

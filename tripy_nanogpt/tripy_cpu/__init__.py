@@ -1,14 +1,14 @@
-"""Runs NVIDIA's nvtripy on a machine without TensorRT: import this before nvtripy, and it is switched on where needed.
+"""Runs NVIDIA's nvtripy on a machine without TensorRT: import this before nvtripy.
 
-Where `mlir_tensorrt`, the compiler and runtime under nvtripy, can be imported, nothing happens and ENGINE is None.
-Elsewhere nvtripy's own front end runs as it is, and its Trace is executed on the CPU by torch: ENGINE says so.
+If `mlir_tensorrt`, the compiler and runtime of nvtripy, can be imported, nothing happens and ENGINE is None. Otherwise
+nvtripy's own front end runs unchanged, torch executes its Trace on the CPU, and ENGINE says so.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-NVTRIPY = "0.1.7"  # the version whose internals are known here
-ENGINE = None  # what runs in TensorRT's place, for people
+NVTRIPY = "0.1.7"  # the version whose internals are replaced here
+ENGINE = None  # what runs instead of TensorRT, in words
 
 
 def _activate() -> str:

@@ -1,8 +1,8 @@
 """nvtripy's Trace as a program that torch runs.
 
-lower() computes what follows from constants and from shapes that are known, as TensorRT's builder does; a Program is
-the steps that are left. save() and load() keep an executable as a safetensors file: the program's constants, and the
-rest as JSON in its header. In nvtripy's own format, JSON alone, it took longer to decode than to load and run.
+lower() folds what depends only on constants and known shapes, as TensorRT's builder does; a Program holds the steps
+that remain. save() and load() store an executable as a safetensors file: the program's constants, and the rest as JSON
+in its header. nvtripy's own format is JSON alone, whose decoding took longer than everything else at a start.
 """
 
 import json
@@ -55,24 +55,28 @@ class Program:
         self.caches = {node.inputs[2] for node in nodes if "written" in node.attrs}
         self.steps, self.fixed, needed = [], constants.copy(), {name for name, _ in outputs}
         for node in reversed(nodes):
-            function, names, shapes = partial(KERNELS[node.op], node.attrs), node.inputs, SHAPES.get(node.op, ())
-            if callable(constants.get(names[-1])):
-                function, names = constants[names[-1]], names[:1]
-            elif "written" in node.attrs:
-                function = partial(write, node.attrs["written"])
-            elif all(name in constants for p, name in enumerate(names) if p in shapes):
-                lists = {p: f"{name} as list" for p, name in enumerate(names) if p in shapes}
-                self.fixed |= {new: constants[names[p]].flatten().tolist() for p, new in lists.items()}
-                names = [lists.get(p, name) for p, name in enumerate(names)]
-            else:
-                function = node
+            function, names = self.bind(node)
             self.steps.insert(0, (function, names, node.outputs, {*names, *node.outputs} - needed))  # no longer needed
             needed.update(names)
-        made = {*self.fixed, *(name for name, *_ in inputs), *(name for node in nodes for name in node.outputs)}
-        if missing := needed - made:
-            raise ValueError(f"nothing gives {', '.join(missing)}")
+        defined = {*self.fixed, *(name for name, *_ in inputs), *(name for node in nodes for name in node.outputs)}
+        if missing := needed - defined:
+            raise ValueError(f"{', '.join(missing)} must be an input, a constant or an output of a node")
 
-    # what nvtripy's Executable asks of TensorRT's, and of its session
+    def bind(self, node):
+        """(function, names of its inputs): the product with a weight, a write into a cache, or the kernel."""
+        kernel = partial(KERNELS[node.op], node.attrs)  # load() reports the KeyError of an unknown operation
+        names, shapes = node.inputs, SHAPES.get(node.op, ())
+        if callable(weight := self.constants.get(names[-1])):
+            return weight, names[:1]
+        if "written" in node.attrs:
+            return partial(write, node.attrs["written"]), names
+        if not all(name in self.constants for p, name in enumerate(names) if p in shapes):
+            return node, names
+        lists = {p: f"{name} as list" for p, name in enumerate(names) if p in shapes}
+        self.fixed |= {new: self.constants[names[p]].flatten().tolist() for p, new in lists.items()}
+        return kernel, [lists.get(p, name) for p, name in enumerate(names)]
+
+    # the methods of TensorRT's executable and session that nvtripy's Executable calls
 
     def get_signature(self, name):
         return self
@@ -81,7 +85,7 @@ class Program:
         return len(self.outputs)
 
     def get_data_segments(self):
-        return []  # TensorRT's engines: there are none
+        return []  # for TensorRT, its engines
 
     def execute_function(self, name, in_args, stream=None, client=None):
         for memref, (_, dtype, low, high) in zip(in_args, self.inputs, strict=True):
@@ -114,7 +118,7 @@ class Program:
         newer = {id(cache.newer.tensor): cache.newer for cache in caches}
         taken.update(storage(version.tensor) for version in newer.values())
         results = []
-        for name, _ in self.outputs:  # each in memory of its own
+        for name, _ in self.outputs:  # each in its own memory
             value = newer.pop(id(values[name]), values[name])
             if isinstance(value, torch.Tensor):
                 if storage(value) in taken or not value.is_contiguous():
@@ -144,14 +148,14 @@ def load(path):
     try:
         about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["tripy_cpu"])
         if about["format"] != FORMAT:
-            raise ValueError(f"its format is {about['format']}, not {FORMAT}")
+            raise ValueError(f"format must be {FORMAT}, got {about['format']}")
         inputs, nodes, outputs, held = about["program"]
         tensors = safetensors.torch.load(data)
         constants = {name: KINDS[kind](*(tensors[key] for key in keys)) for name, (kind, keys) in held.items()}
         program = Program(inputs, [Node(*n) for n in nodes], outputs, constants)
         return Executable(program, **from_json(about["executable"]))
     except (KeyError, TypeError, AttributeError, safetensors.SafetensorError, *ERRORS) as error:
-        raise_error(f"{path} is no executable for the CPU: {error}")
+        raise_error(f"{path} is not an executable for the CPU: {error}")
 
 
 def lower(trace):
@@ -176,14 +180,18 @@ def lower(trace):
                 nodes.append(node)
                 specialize(node, [tensor.rank for tensor in op.inputs], constants, shapes, caches)
         except ERRORS as error:
-            used, made = (",".join(tensor.name for tensor in side) for side in (op.inputs, op.outputs))
-            what = MTRTException(f"{type(op).__name__}: {str(error).strip().splitlines()[0]}")
-            where = f'loc("{used}{OUTPUT_SEPARATOR}{made}"): error: {what}'
-            map_error_to_user_code_and_raise(trace, what, where)
+            raise_with_users_line(trace, op, error)
     outputs = [(output.name, output.dtype.name) for output in trace.outputs]
     used = {name for node in nodes for name in node.inputs} | {name for name, _ in outputs}
     constants |= {name: dense(constants[name]) for name, _ in outputs if name in constants}
     return Program(inputs, nodes, outputs, {name: value for name, value in constants.items() if name in used})
+
+
+def raise_with_users_line(trace, op, error):
+    inputs, outputs = (",".join(tensor.name for tensor in side) for side in (op.inputs, op.outputs))
+    exception = MTRTException(f"{type(op).__name__}: {str(error).strip().splitlines()[0]}")
+    location = f'loc("{inputs}{OUTPUT_SEPARATOR}{outputs}"): error: {exception}'
+    map_error_to_user_code_and_raise(trace, exception, location)
 
 
 def as_node(op):
@@ -191,7 +199,7 @@ def as_node(op):
     if name not in KERNELS:
         raise NotImplementedError("the CPU has no kernel for this operation")
     own = sorted({field.name for field in fields(op)} - {field.name for field in fields(TraceOp)})
-    attrs = json.loads(json.dumps({key: getattr(op, key) for key in own}, default=as_json))  # as if they were saved
+    attrs = json.loads(json.dumps({key: getattr(op, key) for key in own}, default=as_json))  # equal once loaded
     if name == "dequantize.Dequantize":
         attrs["stored"] = op.inputs[0].dtype.name
     return Node(name, attrs, *([tensor.name for tensor in side] for side in (op.inputs, op.outputs)))
@@ -206,23 +214,23 @@ def as_json(value):
 
 
 def fold(node, constants, shapes):
-    """Whether a node's results follow from what is known: then they are constants too."""
+    """Whether a node's results depend only on what is known: then they become constants."""
     values = [constants.get(name) for name in node.inputs]
     if node.op == "shape.Shape" and node.inputs[0] in shapes:
         values = [shapes[node.inputs[0]]]
     if any(value is None for value in values):
         return False
-    small = None
+    quantized = None
     if isinstance(values[0], Quantized) and node.op in VIEWS:
-        small = values[0].seen_as(*node(values[0].meta, *values[1:]))
+        quantized = values[0].view(*node(values[0].meta, *values[1:]))
     elif node.op == "dequantize.Dequantize":
-        small = Quantized.of(node.attrs, *values)
-    constants.update(zip(node.outputs, [small] if small else node(*map(dense, values)), strict=True))
+        quantized = Quantized.of(node.attrs, *values)
+    constants.update(zip(node.outputs, [quantized] if quantized else node(*map(dense, values)), strict=True))
     return True
 
 
 def specialize(node, ranks, constants, shapes, caches):
-    """Choose how a node is computed, and find the shapes of its results, where those of its inputs are known."""
+    """Chooses how a node is computed, and infers the shapes of its results if those of its inputs are known."""
     values = [constants.get(name) for name in node.inputs]
     is_product = node.op == "matmul.MatrixMultiply" and values[1] is not None and ranks[0] >= ranks[1]
     if weight := weight_of(values[1]) if is_product else None:
@@ -240,11 +248,11 @@ def specialize(node, ranks, constants, shapes, caches):
         with torch.device("meta"):
             results = node(*metas)
     except NotImplementedError:
-        return  # torch cannot tell without computing
+        return  # the shape depends on values
     shapes.update(zip(node.outputs, results, strict=True))
     if node.op == "where.Where" and node.inputs[2] in caches:
-        here, new, old = metas
-        dims = [dim for dim, size in enumerate(here.shape) if size > 1]
-        alike = here.ndim == new.ndim == old.ndim and results[0].shape == old.shape
-        if alike and len(dims) == 1 and new.shape[dims[0]] == 1:  # new is written to some places of old
+        condition, new, old = metas
+        dims = [dim for dim, size in enumerate(condition.shape) if size > 1]
+        alike = condition.ndim == new.ndim == old.ndim and results[0].shape == old.shape
+        if alike and len(dims) == 1 and new.shape[dims[0]] == 1:  # new is written to some slots of old
             node.attrs["written"] = dims[0]

@@ -1,7 +1,6 @@
-"""Stand-ins for TensorRT's Python modules, just what nvtripy's front end touches.
+"""Stand-ins for the part of TensorRT's Python modules that nvtripy's front end uses.
 
-Host and device memory are both the CPU's: the device is a tag, so that nvtripy's own rules (where constants, inputs and
-outputs live) stay enforced.
+Host and device memory are both the CPU's: the device is a tag, by which nvtripy enforces its own rules.
 """
 
 import enum
@@ -17,7 +16,7 @@ from .kernels import DTYPES
 
 
 class StandIn(types.ModuleType):
-    """A module, or any other name of TensorRT's: nvtripy mentions many, and calling one is an error."""
+    """A module, or any other name in TensorRT's modules: nvtripy mentions many, and calling one is an error."""
 
     def __init__(self, name, **attrs):
         super().__init__(name)
@@ -48,15 +47,15 @@ class MTRTException(Exception):
 
 
 class Version:
-    """A tensor's value at one moment, where a later value may live in the same memory.
+    """A tensor's value at one moment; a later value may use the same memory.
 
-    An executable that replaces places of a cache writes them in it. Whoever still holds the older cache gets it back
-    from the newer one and what was overwritten; a cache that nobody holds any more costs nothing.
+    An executable that updates slots of a cache writes them in place. An older cache that is read later is restored from
+    the newer one and the overwritten slots; a cache that is no longer referenced costs nothing.
     """
 
     def __init__(self, tensor):
         self.tensor, self.newer, self.undo = tensor, None, None
-        self.shared = False  # with a view outside nvtripy, which must not see a write
+        self.shared = False  # with a view outside nvtripy, in which a write must not show
 
     def read(self):
         chain, version = [], self
@@ -65,20 +64,20 @@ class Version:
             version = version.newer
         if chain:
             self.tensor, self.newer = version.tensor.clone(), None
-            for dim, places, old in reversed(chain):
-                self.tensor.index_copy_(dim, places, old)
+            for dim, slots, old in reversed(chain):
+                self.tensor.index_copy_(dim, slots, old)
         return self.tensor
 
 
-def write(dim, here, new, version):
-    """The tensor with new where `here` is true along dim. The caller sees to it that nobody else sees the memory."""
-    tensor, places = version.read(), here.flatten().nonzero().flatten()
-    version.newer, version.tensor, version.undo = Version(tensor), None, (dim, places, tensor.index_select(dim, places))
-    return tensor.index_copy_(dim, places, new.expand_as(version.undo[2]))
+def write(dim, condition, new, version):
+    """Writes new in place where condition is true along dim. Only the caller may use the memory."""
+    tensor, slots = version.read(), condition.flatten().nonzero().flatten()
+    version.newer, version.tensor, version.undo = Version(tensor), None, (dim, slots, tensor.index_select(dim, slots))
+    return tensor.index_copy_(dim, slots, new.expand_as(version.undo[2]))
 
 
 class MemRefValue:
-    """Memory that nvtripy holds: a tensor, its element type, and whether it counts as the device's."""
+    """Memory that nvtripy holds: a tensor, its element type, and whether it is tagged as the device's."""
 
     def __init__(self, value, address_space, dtype=None):
         self.version = value if isinstance(value, Version) else Version(value)
@@ -133,20 +132,20 @@ class RuntimeClient:
 
 @functools.cache
 def column_range(code, line):
-    """The columns of a line, where all its bytecode agrees on them."""
+    """The columns of a line, if all its bytecode agrees on them."""
     spans = {(start, end) for first, _, start, end in code.co_positions() if first == line and None not in (start, end)}
     return spans.pop() if len(spans) == 1 else None
 
 
 def get_stack_info(include_code_index=None):
-    """nvtripy.utils.stack_info.get_stack_info with a memory: finding columns took two thirds of the time to trace."""
+    """nvtripy's get_stack_info with cached columns: finding them took two thirds of the time to trace."""
     from nvtripy.utils.stack_info import SourceInfo, StackInfo
 
     info, frame = StackInfo([], include_code_index), sys._getframe(1)
     while frame and len(info) < 100:
         module, code, line = frame.f_globals.get("__name__") or "", frame.f_code, frame.f_lineno
         target = frame.f_locals["key"] if (module, code.co_name) == (REGISTRY, "wrapper") else ""
-        if not module.startswith(__package__):  # nobody looks for a mistake in here
+        if not module.startswith(__package__):  # a user's error is not in here
             columns = column_range(code, line) if hasattr(code, "co_positions") else None
             info.append(SourceInfo(module, code.co_filename, line, code.co_name, None, target, columns))
         frame = frame.f_back
@@ -157,7 +156,7 @@ REGISTRY = "nvtripy.utils.function_registry"
 
 
 def register():
-    """Put the stand-ins where nvtripy will import them from."""
+    """Registers the stand-ins as the modules that nvtripy imports."""
     context = types.SimpleNamespace(enable_multithreading=lambda on: None)
     api = {cls.__name__: cls for cls in (ScalarTypeCode, PointerType, MTRTException, MemRefValue, RuntimeClient)}
     api |= {"RuntimeSession": lambda options, program: program}
@@ -168,5 +167,5 @@ def register():
         "mlir_tensorrt.compiler.ir": {"Context": lambda: context},
     }
     for leaf in ("tensorrt.plugin", "mlir_tensorrt.compiler.dialects._ods_common", *attrs):
-        for name in accumulate(leaf.split("."), "{}.{}".format):  # and the packages that it is in
+        for name in accumulate(leaf.split("."), "{}.{}".format):  # and its packages
             sys.modules.setdefault(name, StandIn(name, **attrs.get(name, {})))

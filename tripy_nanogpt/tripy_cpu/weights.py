@@ -1,4 +1,4 @@
-"""Weights: constants to multiply by, held once for all programs, in the layout that their products are fast in."""
+"""Weights: constants that are multiplied by, held once for all programs, in the layout that makes the product fast."""
 
 import hashlib
 import weakref
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from .kernels import HALF
 
-LARGE = 1 << 14  # elements: below, a constant is multiplied by as it is
-CHUNK = 1 << 18  # elements of a quantized weight that are dequantized at a time: they stay in the second-level cache
-ROWS = 8  # that a layout is made for: with it one row and many rows are faster than with the layout for one
-BFLOAT16 = False  # multiply quantized weights in bfloat16, two to four times as fast and within 1e-2
+LARGE = 1 << 14  # elements; smaller constants keep their layout
+CHUNK = 1 << 18  # elements of a quantized weight that are dequantized at a time: they fit in the second-level cache
+ROWS = 8  # of the product that weights are packed for: faster for one row, too, than packing for one
+BFLOAT16 = False  # multiply quantized weights in bfloat16: two to four times as fast, and within 1e-2
 
 _shared = weakref.WeakValueDictionary()
 
@@ -27,19 +27,19 @@ def digest(tensor):
     return tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest()
 
 
-def share(tensor, make=torch.clone):
-    """make(tensor), or what it gave for the same bytes before: equal weights are held once."""
+def share(tensor, convert=torch.clone):
+    """convert(tensor), or its earlier result for the same bytes: equal weights are held once."""
     if tensor.numel() < LARGE:
-        return make(tensor)
-    key = make, *digest(tensor)
-    made = _shared.get(key)
-    if made is None:
-        made = _shared[key] = make(tensor)
-    return made
+        return convert(tensor)
+    key = convert, *digest(tensor)
+    shared = _shared.get(key)
+    if shared is None:
+        shared = _shared[key] = convert(tensor)
+    return shared
 
 
 def weight_of(value):
-    """`x -> x @ value` for a constant that is one large matrix; None for others."""
+    """`x -> x @ value` if value is one large matrix, else None."""
     view = value.meta if isinstance(value, Quantized) else value
     if view.ndim < 2 or not view.is_floating_point() or view.numel() < LARGE:
         return None
@@ -52,9 +52,9 @@ def weight_of(value):
 
 
 def computes(product, dtype, most, size=128):
-    """Whether torch has this product's kernel for this CPU, and the kernel is right for weights that are all `most`.
+    """Whether torch has this product's kernel for this CPU, and it is right for weights that are all `most`.
 
-    Kernels that need instructions which the CPU lacks raise RuntimeError; others saturate there.
+    On a CPU that lacks their instructions some kernels raise a RuntimeError and others saturate.
     """
     try:
         return product(torch.ones(1, size, dtype=dtype)).tolist() == [[most * size] * 64]
@@ -93,22 +93,22 @@ class Float:
     def __call__(self, x):
         if self.weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        one_row = x.numel() == x.shape[-1]  # for which torch's half-precision product accumulates in float32
+        one_row = x.numel() == x.shape[-1]  # then torch's half-precision product accumulates in float32
         if x.dtype in HALF and not (self.half and one_row):
             return F.linear(x.float(), self.weight.float()).to(x.dtype)
         return F.linear(x, self.weight)
 
 
 class Quantized:
-    """int8 [out, in] with a scale for each row, or int4 [in, out], two a byte, with scales for blocks of rows."""
+    """int8 [out, in] with one scale per row, or int4 [in, out], two per byte, with one scale per block of rows."""
 
     def __init__(self, q, scale):
         self.q, self.scale, self.is_int8 = share(q), scale, scale.shape == (len(q), 1)
         self.shape = (q.shape[0], q.shape[1] * (1 if self.is_int8 else 2))
         self.block = self.shape[0] // scale.shape[0]
-        self.meta = torch.empty(self.shape, dtype=scale.dtype, device="meta")  # what views of it are taken of
+        self.meta = torch.empty(self.shape, dtype=scale.dtype, device="meta")  # its shape and strides
         self.fast = BFLOAT16 and (self.is_int8 or (self.block in (32, 64, 128, 256) and self.shape[1] % 64 == 0))
-        self.repacked = self.fast and not self.is_int8  # in torch's layout, in place of ours
+        self.repacked = self.fast and not self.is_int8  # in torch's layout instead of ours
         if self.repacked:
             self.q = share(q, pack_int4)
         if self.fast:
@@ -116,7 +116,7 @@ class Quantized:
 
     @classmethod
     def of(cls, op, q, scale):
-        """What Dequantize would give, if it is one of the two kinds; else None."""
+        """The result of a Dequantize if it is one of the two kinds, else None."""
         if q.ndim == 2 and q.dtype is torch.int8 and q.numel() >= LARGE:
             if op["stored"] == "int8" and op["dim"] == 0:
                 return cls(q, scale.reshape(-1, 1))
@@ -124,8 +124,8 @@ class Quantized:
                 return cls(as_int4(q), scale)
         return None
 
-    def seen_as(self, meta):
-        """A view; None where it is none."""
+    def view(self, meta):
+        """With the shape and strides of meta, or None if meta is not a view."""
         view = copy(self)
         view.meta = meta
         return view if storage(meta) == storage(self.meta) else None
@@ -139,7 +139,7 @@ class Quantized:
     def tensors(self):
         q = self.q
         if self.repacked:
-            eye = torch.eye(self.shape[0], dtype=torch.bfloat16)  # the product with one gives the integers back
+            eye = torch.eye(self.shape[0], dtype=torch.bfloat16)  # its product is the integers
             ones = int4_scales(torch.ones(len(eye) // 32, self.shape[1]))
             q = as_int4(torch._weight_int4pack_mm_for_cpu(eye, q, 32, ones).to(torch.int8))
         return [q, self.scale]
@@ -183,4 +183,4 @@ def int4_scales(scale):
     return torch.stack((scale, torch.zeros_like(scale)), -1).bfloat16()
 
 
-KINDS = {"Tensor": share, "Float": Float, "Quantized": Quantized}  # what a saved program's constants are made by
+KINDS = {"Tensor": share, "Float": Float, "Quantized": Quantized}  # constructors of a saved program's constants

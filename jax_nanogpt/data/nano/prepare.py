@@ -1,8 +1,8 @@
-"""gpt2-nano's data and tokenizer: tiny Shakespeare and Python's help texts, less some of each, in a BPE of their own.
+"""gpt2-nano's data and tokenizer: tiny Shakespeare and Python's help texts, less some of each, in their own BPE.
 
-Half a million tokens are few: a model that sees them twenty times learns them by heart. So train.bin holds the text
-eight times, four times as the tokenizer cuts it, and four times with one merge in seven left out at random, by which
-words come in many spellings (BPE dropout, arXiv 1910.13267). Which of the two it is reading, a model soon sees.
+Half a million tokens are few: a model that sees them twenty times memorizes them. So train.bin holds the text eight
+times: four times as the tokenizer encodes it, and four times with one merge in seven left out at random, which spells
+words in many ways (BPE dropout, arXiv 1910.13267).
 
 Held out, in val.bin: Shakespeare's last tenth, and help topics that share under 2 % of their 60-character shingles
 with all others. heldout.json names them, so that any machine can rebuild the text from its own Python.
@@ -16,16 +16,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import script, start_script
-
-start_script(__name__)
 from itertools import pairwise
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jax_nanogpt.data.corpus import (
     SHAKESPEARE_SHA256,
-    arguments,
+    make_parser,
     pydoc_topics,
     shakespeare,
     shingles,
@@ -37,9 +34,9 @@ from shared.tokenizer import load_tokenizer
 HERE = Path(__file__).resolve().parent
 
 MERGES = 1151  # with 256 bytes and <|endoftext|> a vocabulary of 1,408: a multiple of 128
-SPEECHES = 32  # in a document of Shakespeare: the text has no marks of its own between scenes
-COPIES = 4  # of each kind
-SKIPPED = 0.15  # of the merges, in the second kind
+SPEECHES = 32  # in a document of Shakespeare: the text does not mark its scenes
+COPIES = 4  # with all merges, and as many with dropout
+SKIPPED = 0.15  # of the merges, with dropout
 END = "<|endoftext|>"
 
 
@@ -50,11 +47,8 @@ def is_apart(name, parts, others):
 
 
 def hold_out(unique):
-    """Names of topics to leave out, about a tenth of the text; and those of them that are fit for a test.
-
-    unique are the topics to train on otherwise. One that is fit also has nothing in common with the repeats, which
-    nobody trains on, but which a reader who looks at all of Python's topics would find.
-    """
+    """The names of topics to hold out, about a tenth of the text in unique; and of those to test on, which are apart
+    from all of Python's topics, the repetitive ones too that pydoc_topics leaves out."""
     parts = {name: shingles(text) for name, text in topics.items()}
     held, size = [], 0
     for name in unique:
@@ -66,7 +60,7 @@ def hold_out(unique):
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE as GPT-2's: the 256 bytes, the merges, and <|endoftext|> last."""
+    """A byte-level BPE like GPT-2's: the 256 bytes, the merges, and <|endoftext|> last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,7 +73,7 @@ def train_tokenizer(texts):
 
 
 def write_tokenizer(folder, tokenizer, context):
-    """GPT-2's two files for everyone, tokenizer.json and its config for transformers."""
+    """GPT-2's two files, and tokenizer.json with its config for transformers."""
     write_file(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
@@ -91,14 +85,14 @@ def write_tokenizer(folder, tokenizer, context):
     write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
 
 
-def cut_at_random(text, ranks, draw):
-    """BPE, except that at every step each possible merge is overlooked with a chance of SKIPPED."""
+def encode_with_dropout(text, ranks, rng):
+    """BPE that at every step skips each possible merge with probability SKIPPED."""
     ids = []
     for _, (start, end) in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text):
         parts = [bytes([byte]) for byte in text[start:end].encode("utf-8")]
         while True:
             merges = [(ranks.get(a + b), i) for i, (a, b) in enumerate(pairwise(parts))]
-            merges = [(rank, i) for rank, i in merges if rank is not None and draw.random() >= SKIPPED]
+            merges = [(rank, i) for rank, i in merges if rank is not None and rng.random() >= SKIPPED]
             if not merges:
                 break
             _, i = min(merges)
@@ -107,9 +101,8 @@ def cut_at_random(text, ranks, draw):
     return ids
 
 
-@script
-def main(argv=None):
-    play = shakespeare(arguments(__doc__).parse_args(argv).input, HERE)
+def write(play):
+    """The tokenizer, train.bin and val.bin, heldout.json."""
     seen, unseen = play[: int(0.9 * len(play))], play[int(0.9 * len(play)) :]
     unique = pydoc_topics()
     held, tested = hold_out(unique)
@@ -120,13 +113,13 @@ def main(argv=None):
     write_tokenizer(HERE, train_tokenizer(documents), context=256)
     tokenizer = load_tokenizer(HERE)
     ranks = {tokenizer.to_bytes(id): id for id in range(tokenizer.eot)}
-    draw = random.Random(0)
+    rng = random.Random(0)
     train = []
     for _ in range(COPIES):
         for text in documents:
             train += [*tokenizer.encode(text), tokenizer.eot]
         for text in documents:
-            train += [*cut_at_random(text, ranks, draw), tokenizer.eot]
+            train += [*encode_with_dropout(text, ranks, rng), tokenizer.eot]
     tests = [unseen, *(unique[name] for name in tested)]
     val = [token for text in tests for token in [*tokenizer.encode(text), tokenizer.eot]]
     splits = {"train": train, "val": val}
@@ -139,5 +132,21 @@ def main(argv=None):
     print(f"held out: Shakespeare's last {len(unseen):,} characters and {len(tested)} of {len(topics)} help topics")
 
 
+def main(argv=None):
+    parser = make_parser(__doc__)
+    args = parser.parse_args(argv)
+    try:
+        play = shakespeare(args.input, HERE)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        write(play)
+    except OSError as error:  # a full disk
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,4 +1,4 @@
-"""OpenWebText in GPT-2's tokens, streamed from the hub: 9 billion of them, 18 GB. Every 2,000th text is in val.bin.
+"""OpenWebText in GPT-2's tokens, streamed from the hub: 9 billion of them, 18 GB. Every 2,000th text goes to val.bin.
 
 Needs `pip install datasets`. --documents=10000 takes the first few only.
 """
@@ -10,13 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import fail, script, start_script
-
-start_script(__name__)
 import numpy as np
 from tqdm import tqdm
 
-from jax_nanogpt.data.corpus import keep_tokenizer
+from jax_nanogpt.data.corpus import copy_tokenizer
 from jax_nanogpt.files import write_file
 from shared.tokenizer import gpt2_bpe
 
@@ -26,7 +23,7 @@ DOCUMENTS = 8_013_769
 
 
 def write(documents, tokenizer, folder):
-    """Token by token to disk, so that memory does not grow with the data; moved into place when all are there."""
+    """Writes text by text, so that memory does not grow with the data."""
 
     def write_both(train_path, val_path):
         with train_path.open("wb") as train, val_path.open("wb") as val:
@@ -37,26 +34,35 @@ def write(documents, tokenizer, folder):
     write_file(folder / "train.bin", lambda train: write_file(folder / "val.bin", partial(write_both, train)))
 
 
-@script
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("--documents", type=int, default=DOCUMENTS)
-    count = parser.parse_args(argv).documents
-    if count < 2000:
-        fail(f"--documents is {count}, 2000 or more are expected: every 2,000th is in val.bin")
+def open_stream():
     try:
         from datasets import load_dataset
-
-        tokenizer = gpt2_bpe()
-        stream = load_dataset("Skylion007/openwebtext", split="train", streaming=True)
-        write(tqdm(islice(stream, count), total=count, unit="text"), tokenizer, HERE)
     except ImportError:
-        fail("the package datasets is missing: pip install datasets")
+        raise ValueError("the package datasets is missing: pip install datasets") from None
+    return load_dataset("Skylion007/openwebtext", split="train", streaming=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="(default: %(default)s)")
+    count = parser.parse_args(argv).documents
+    if count < 2000:
+        parser.error(f"--documents must be 2000 or more, got {count}: every 2,000th goes to val.bin")
+    try:
+        stream, tokenizer = open_stream(), gpt2_bpe()
     except (ValueError, OSError) as error:
-        fail(f"OpenWebText cannot be had: {error}")
-    keep_tokenizer(HERE, None)
+        parser.error(f"OpenWebText is not available: {error}")
+    try:
+        write(tqdm(islice(stream, count), total=count, unit="text"), tokenizer, HERE)
+        copy_tokenizer(HERE, None)
+    except OSError as error:  # the network, or a full disk
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

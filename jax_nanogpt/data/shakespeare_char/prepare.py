@@ -1,22 +1,29 @@
-"""Tiny Shakespeare, a token a character: the last tenth is val.bin."""
+"""Tiny Shakespeare, one token per character: the last tenth is val.bin."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from shared import script, start_script
-
-start_script(__name__)
-from jax_nanogpt.data.corpus import arguments, shakespeare, write_characters
+from jax_nanogpt.data.corpus import make_parser, shakespeare, write_characters
 
 HERE = Path(__file__).resolve().parent
 
 
-@script
 def main(argv=None):
-    given = arguments(__doc__).parse_args(argv).input
-    write_characters(HERE, shakespeare(given, HERE))
+    parser = make_parser(__doc__)
+    args = parser.parse_args(argv)
+    try:
+        text = shakespeare(args.input, HERE)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        write_characters(HERE, text)
+    except OSError as error:  # a full disk
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
