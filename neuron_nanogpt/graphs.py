@@ -9,7 +9,7 @@ from neuron_nanogpt.model import init_cache
 class NeuronStep(nn.Module):
     """Texts [B, T], padded on the right, and their lengths [B] -> next-token logits [B, V]."""
 
-    cache = ()
+    cache = ()  # Decode has one
 
     def __init__(self, gpt):
         super().__init__()

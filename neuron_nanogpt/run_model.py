@@ -55,7 +55,7 @@ def make_parser():
 def add_sampling(parser):
     """The flags that sample.py has too."""
     add = parser.add_argument
-    add("--model", help="gpt2, ..., gpt2-xl, gpt2-nano or a folder (default: gpt2, or gpt2-nano if it is unavailable)")
+    add("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)")
     add("--prompt", default="\n", help="an empty one starts from <|endoftext|> (default: a line break)")
     add("--max-new-tokens", type=int, default=100, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")

@@ -121,7 +121,7 @@ def test_end_of_text_ends_a_text_unless_ignored(run, endless):
         assert run(*flags, *more, script=sample)[1].endswith(f"\n\n\n{text}\n")
 
 
-def test_each_text_of_a_batch_has_an_end_of_its_own(run, tmp_path):
+def test_each_text_of_a_batch_ends_by_itself(run, tmp_path):
     folder, logits = tmp_path / "model", np.zeros((4, 1408), np.float32)
     write_constant(folder, 4.4)  # a quarter to a third of the probability of 200 tokens
     eot, sampler = load_tokenizer(folder).eot, Sampler(temperature=1, top_k=200, seed=1)
