@@ -59,7 +59,7 @@ def launch(dataset):
 
     def call(out_dir, *flags, devices=1, launcher=(LAUNCH,), **variables):
         count = f"--xla_force_host_platform_device_count={devices}"
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         options["env"] = environment(count, "--xla_backend_optimization_level=0") | variables
         flags = [*TINY, *MESH_RUN, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags]
         started.append(subprocess.Popen([sys.executable, *launcher, "2", *flags], **options))
