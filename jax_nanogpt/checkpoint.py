@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 
@@ -119,28 +118,22 @@ def lock(out_dir):
         raise CheckpointError(f"another process is training in out_dir {out_dir}") from None
 
 
-@contextmanager
-def quiet_orbax():
-    """Orbax logs how it was called, and each error that it raises with pages of traceback. And once an error in one
-    file has closed its event loop, TensorStore's callbacks for the other files fail where no one can catch it."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-
-    def unraisablehook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = unraisablehook
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
+def ignore_closed_loop(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
-@quiet_orbax()
+def silence_orbax():
+    """Orbax logs how it was called, and each error that it raises with pages of traceback. Once an error in one file
+    has closed its event loop, its callbacks for the other files fail where no one can catch them. Its threads do so
+    after the call has raised: a context would end too soon."""
+    for name in "absl", "asyncio":
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_closed_loop
+
+
 def open_manager(folder, writable):
+    silence_orbax()
     val_loss = itemgetter("val_loss")
     keep = AnyPreservationPolicy([LatestN(2), BestN(n=1, get_metric_fn=val_loss, reverse=True)])
     options = ocp.CheckpointManagerOptions(
@@ -188,7 +181,6 @@ class Checkpoints:
         multihost_utils.sync_global_devices("out_dir is ready")
         return cls(out_dir, writable=True)
 
-    @quiet_orbax()
     def save(self, step, params, opt_state, about, val_loss):
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -217,7 +209,6 @@ class Checkpoints:
         about["model"].pop("fast", None)  # which checkpoints had before kernels.py
         return about
 
-    @quiet_orbax()
     def newest(self, read):
         """(step, read(step)) of the newest step that can be read. A damaged one is moved aside, or is an error to
         a reader."""
@@ -238,7 +229,6 @@ class Checkpoints:
             self.manager.reload()
         raise CheckpointError(f"out_dir must hold a checkpoint that can be read, got {str(self.out_dir)!r}")
 
-    @quiet_orbax()
     def restore_model(self, step, dtype="float32"):
         device = SingleDeviceSharding(jax.devices()[0])  # this machine may lack the devices that saved it
         items = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=device))

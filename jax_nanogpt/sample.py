@@ -55,6 +55,8 @@ def dashed(argv):
 
 
 def check(args):
+    if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
+        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if not 1 <= args.num_samples <= 2**16:
         raise ValueError(f"--num-samples must be from 1 to {2**16}, got {args.num_samples}")

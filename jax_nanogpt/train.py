@@ -6,7 +6,6 @@ Settings: the defaults below, then the config files, then the flags. --help list
 """
 
 import argparse
-import logging
 import math
 import os
 import re
@@ -389,8 +388,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__ + settings, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _, words = parser.parse_known_args(argv)  # for --help; configurator.py reads the rest
-    # when a save fails, Orbax awaits one failed write, and asyncio would log all others with their tracebacks
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         status = read_and_train(words, lambda error: parser.error(" ".join(str(error).split())))
     except jax.errors.JaxRuntimeError as error:

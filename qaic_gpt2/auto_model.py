@@ -151,12 +151,13 @@ class QEFFAutoModelForCausalLM:
             names = [onnx_path.name, *sorted({*map(exporter.location, tensors)} - {None})]
             return {name: sha256(folder / name) for name in names}
         try:
-            expected = json.loads((folder / exporter.SIDECAR).read_text(encoding="utf-8"))
+            expected = dict(json.loads((folder / exporter.SIDECAR).read_text(encoding="utf-8")))
             hashes = {name: sha256(folder / name) for name in (exporter.GRAPH, exporter.WEIGHTS)}
-        except (OSError, ValueError, RecursionError) as error:
-            raise RefusedError(f"{folder} cannot be read ({error}): remove it to export again") from None
-        if hashes != expected:
-            raise RefusedError(f"{folder}: SHA-256 does not match {exporter.SIDECAR}: remove it to export again")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise RefusedError(f"{folder / exporter.SIDECAR}: {error}: remove the folder to export again") from None
+        if wrong := [name for name in hashes if hashes[name] != expected.get(name)]:
+            path, sidecar = folder / wrong[0], exporter.SIDECAR
+            raise RefusedError(f"{path}: SHA-256 does not match {sidecar}: remove the folder to export again")
         return hashes
 
     @property

@@ -237,6 +237,8 @@ def make_parser():
 
 def find(args, scratch):
     """(name, folder) of the model, which can be measured."""
+    if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
+        raise ValueError("-- must not be the value of a flag")
     if args.new_tokens < 2:
         raise ValueError(f"--new-tokens must be 2 or more, got {args.new_tokens}")
     if backend.choose_device(args.device)[0] == "qaic":

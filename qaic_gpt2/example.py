@@ -55,10 +55,12 @@ def make_parser():
 
 def dashed(argv):
     """--max_new_tokens is --max-new-tokens."""
-    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 
 def check(args, device):
+    if [] in (*vars(args).values(), *args.prompt):  # what argparse makes of --flag=-- before Python 3.13
+        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     for name in ("max_new_tokens", "num_cores", "prefill_seq_len", "ctx_len"):
         if (value := getattr(args, name)) is not None and value < 1:

@@ -29,10 +29,10 @@ def read(folder):
         weights = folder / sidecar["weights"]
         hashes = {name: sha256(folder / name) for name in {*expected, SPECIALIZATIONS}}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RefusedError(f"{folder} cannot be read ({error}): remove it to recompile") from None
+        raise RefusedError(f"{folder / SIDECAR}: {error}: remove the folder to recompile") from None
     hashes[PROGRAM] = hashlib.sha256(program).hexdigest()  # of the bytes that will run; the file may change
     if wrong := sorted(name for name, value in hashes.items() if value != expected.get(name)):
-        raise RefusedError(f"{folder}: SHA-256 of {wrong[0]} does not match {SIDECAR}: remove it to recompile")
+        raise RefusedError(f"{folder / wrong[0]}: SHA-256 does not match {SIDECAR}: remove the folder to recompile")
     return program, weights
 
 

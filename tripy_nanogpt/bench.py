@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 from tripy_nanogpt.bench_quant import bench_quant_modes
-from tripy_nanogpt.bench_report import Report, Work, time_s
+from tripy_nanogpt.bench_report import PROMPT_TOKENS, Report, Work, time_s
 from tripy_nanogpt.device import choose_device
 from tripy_nanogpt.engine import load
 from tripy_nanogpt.model import count_params
@@ -32,7 +32,6 @@ from tripy_nanogpt.weight_loader import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
-PROMPT_TOKENS = 16
 
 
 def write_random(name, folder):

@@ -14,14 +14,13 @@ from matplotlib import pyplot
 from transformers import GPT2LMHeadModel
 
 from shared.tokenizer import find_model, load_tokenizer
-from tripy_nanogpt.bench_report import Work
+from tripy_nanogpt.bench_report import PROMPT_TOKENS, Work
 from tripy_nanogpt.engine import load
 from tripy_nanogpt.files import write_file
 from tripy_nanogpt.quantization import Quantization, modelopt_quantize
 from tripy_nanogpt.weight_loader import convert_to_scale
 
 TOKENS = 64  # for the errors of logits
-PROMPT_TOKENS = 16
 PLOT = Path("quant_modes.png")
 # mode; and whether the CPU multiplies its weights in bfloat16, for the perplexity and the errors as for the time
 CASES = (

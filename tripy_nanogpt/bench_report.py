@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 PAIRS = 5
+PROMPT_TOKENS = 16
 
 
 def time_s(call):

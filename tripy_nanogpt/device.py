@@ -16,7 +16,7 @@ def choose_device(name, fast=False):
     fast: executables that are compiled or loaded from now on multiply quantized weights in bfloat16 (CPU only).
     """
     if name not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"--device must be auto, cpu or gpu, got {name}")
+        raise ValueError(f"--device must be auto, cpu or gpu, got {name!r}")
     return describe_cpu(name, fast) if tripy_cpu.ENGINE else describe_gpu(name, fast)
 
 

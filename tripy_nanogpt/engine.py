@@ -36,19 +36,18 @@ def load(folder, dtype="float16", device="auto", quantization=NOT_QUANTIZED, exe
     else:
         key, weights, calibrated_on = fingerprint(hashed_files(folder)), lambda: read_state(folder, config), ""
     load_model = cache(lambda: fill(GPT(config), weights(), config.dtype))
-    engine = Engine(config, device, Path(executables, fingerprint([], key, config, device)), load_model)
-    engine.calibrated_on = calibrated_on
-    if not mode and not engine.folder.exists():
+    artifacts = Path(executables, fingerprint([], key, config, device))
+    if not mode and not artifacts.exists():
         load_model()  # reads and checks the weights now; those in executables/ were checked when they were compiled
-    return engine
+    return Engine(config, device, artifacts, load_model, calibrated_on)
 
 
 class Engine:
     """prefill and decode, of one row, and forward. Each is compiled when it is first called, or loaded from folder."""
 
-    def __init__(self, config, device, folder, load_model):
+    def __init__(self, config, device, folder, load_model, calibrated_on=""):
         """load_model() -> GPT; it is called only if a function has to be compiled."""
-        self.config, self.device, self.folder = config, device, folder
+        self.config, self.device, self.folder, self.calibrated_on = config, device, folder, calibrated_on
         self.compiled = []  # names of the functions that were not on disk
         self.position = 0  # of the next token; cache slots from there on are not read
         self.load_model, self._executables, self._cache = load_model, {}, None

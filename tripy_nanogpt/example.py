@@ -1,7 +1,9 @@
 """GPT-2 on an NVIDIA GPU by nvtripy and TensorRT, or the same executables on a CPU: compile, prefill, decode.
 
-python example.py --input-text "Do people really like using ONNX?" --seed=1
-python example.py --model gpt2 --quant-mode int8-weight-only
+    python example.py --input-text "Do people really like using ONNX?" --seed=1
+    python example.py --model gpt2 --quant-mode int8-weight-only
+
+The first run compiles; the next run loads the executables from executables/.
 """
 
 import argparse
@@ -46,7 +48,7 @@ def make_parser():
     add("--fast", action="store_true", help="on the CPU: multiply quantized weights in bfloat16")
     add("--device", default="auto", help="auto, cpu or gpu (default: %(default)s)")
     add("--no-cache", action="store_true", help="recompute the whole text for each token")
-    add("--ignore-eos", action="store_true", help="go on after <|endoftext|>")
+    add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits")
     add("--verify", action="store_true", help="compare the logits with transformers in float32 on the CPU; no text")
     return parser
@@ -54,10 +56,12 @@ def make_parser():
 
 def dashed(argv):
     """--max_new_tokens is --max-new-tokens."""
-    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 
 def check(args):
+    if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
+        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
@@ -71,6 +75,7 @@ def generate(args, engine, tokenizer, prompt):
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     room = engine.config.block_size - len(prompt) + 1  # the last token needs no position: it is not read
     tokens, rows = [], []
+    engine.executable("forward" if args.no_cache else "prefill")  # compiles before anything is printed
     print(args.prompt, end="", flush=True)
     for step in range(min(args.max_new_tokens, room)):
         if args.no_cache:
@@ -114,7 +119,7 @@ def verify(args, engine, folder, prompt):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors="backslashreplace")  # a character that the console lacks is printed as its escape
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character
     parser = make_parser()
     args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
     try:
@@ -128,10 +133,10 @@ def main(argv=None):
             raise ValueError(f"--prompt must be at most {engine.config.block_size} tokens long, got {len(prompt)}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    mode, reason = engine.config.quant_mode, "" if args.model else f"; {found.why}"
+    mode, why = engine.config.quant_mode, "" if args.model else f"; {found.why}"
     formats = f"{args.dtype}, {mode}" if mode else args.dtype
     parameters = f"{count_params(engine.config) / 1e6:.1f}M parameters"
-    print(f"{found.name} ({parameters}, {formats}) on {engine.describe()}{reason}", flush=True)
+    print(f"{found.name} ({parameters}, {formats}) on {engine.describe()}{why}", flush=True)
     if engine.calibrated_on:
         print(f"{mode} calibrated on {engine.calibrated_on}", flush=True)
     try:

@@ -42,7 +42,7 @@ NOT_QUANTIZED = Quantization()
 def check_mode(quant_mode):
     mode = "float8" if quant_mode == "fp8" else quant_mode
     if mode not in MODES:
-        raise ValueError(f"--quant-mode must be {', '.join(MODES)} or fp8, got {quant_mode}")
+        raise ValueError(f"--quant-mode must be {', '.join(MODES)} or fp8, got {quant_mode!r}")
     return mode
 
 
@@ -95,7 +95,7 @@ def create_forward_loop(model, dataset_name, tokenizer, device, batch_size, num_
     starts = range(0, max(map(len, encoded), default=0), length)
     samples = [ids[i : i + length] for i in starts for ids in encoded if i < len(ids)][:num_samples]
     if not samples:
-        raise ValueError(f"--calibration-data must hold text, got {dataset_name}, which is empty")
+        raise ValueError(f"--calibration-data must hold text, got {dataset_name!r}, which is empty")
     pad = (tokenizer.eot if hasattr(tokenizer, "eot") else tokenizer.eos_token_id) or 0  # characters have no eot
     batches = []
     for first in range(0, len(samples), batch_size):
@@ -133,8 +133,8 @@ def calibration_texts(dataset_name, count):
             lines = path.read_text(encoding="utf-8").splitlines()
             return [json.loads(line)["text"] for line in lines if line.strip()], str(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"--calibration-data {dataset_name} cannot be read: {error!r}") from None
-    raise ValueError(f"--calibration-data must be {CNN}, a .txt, a .jsonl or a folder, got {dataset_name}")
+        raise ValueError(f"--calibration-data {dataset_name!r} cannot be read: {error!r}") from None
+    raise ValueError(f"--calibration-data must be {CNN}, a .txt, a .jsonl or a folder, got {dataset_name!r}")
 
 
 def articles(count):

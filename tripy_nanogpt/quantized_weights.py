@@ -15,7 +15,7 @@ from tripy_nanogpt.weight_loader import hashed_files, quantized_state, read_mode
 VOCABULARIES = "meta.json", "vocab.json", "merges.txt", "tokenizer.json"
 
 
-def prepare(folder, config, dataset_name, kept):
+def prepare(folder, config, dataset_name, cache):
     """(cache key, a function that gives the quantized state, what calibrated it or "").
 
     What the user can get wrong is read here; ModelOpt runs when the function is called.
@@ -23,7 +23,7 @@ def prepare(folder, config, dataset_name, kept):
     if config.quant_mode.startswith("int4"):
         int4_block(config)  # a ValueError if no block size divides n_embd
     key = cache_key(folder, config, dataset_name)
-    path = Path(kept, f"{key}.safetensors")
+    path = Path(cache, f"{key}.safetensors")
     if path.exists():
         with safe_open(path, "pt") as file:
             return key, partial(load_file, path), file.metadata()["calibrated_on"]
@@ -42,9 +42,9 @@ def prepare(folder, config, dataset_name, kept):
 
 def cache_key(folder, config, dataset_name):
     """Of all that the quantized weights depend on; they are the same for every config.dtype."""
-    given = Path(dataset_name)
-    texts = sorted(given.glob("*.txt")) if given.is_dir() else [given] if given.is_file() else []
-    vocabularies = [path for path in map(Path(folder).joinpath, VOCABULARIES) if path.exists()]  # calibration's tokens
+    data = Path(dataset_name)
+    texts = sorted(data.glob("*.txt")) if data.is_dir() else [data] if data.is_file() else []
+    vocabularies = [path for name in VOCABULARIES if (path := Path(folder, name)).exists()]  # for calibration
     sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd
     files = [*hashed_files(folder), *vocabularies, *texts]
     return fingerprint(files, config.quant_mode, sizes, dataset_name, version("nvidia-modelopt"))

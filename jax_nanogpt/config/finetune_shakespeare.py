@@ -1,4 +1,4 @@
-"""Fine-tune GPT-2 on Shakespeare, in its own tokens (data/shakespeare/prepare.py): a rate that stays, and is low."""
+"""Fine-tune GPT-2 on Shakespeare, in its own tokens (data/shakespeare/prepare.py), at a low, constant learning rate."""
 
 init_from = "gpt2"
 out_dir = "out-shakespeare"
@@ -7,7 +7,7 @@ eval_interval = 5
 eval_iters = 40
 
 batch_size = 1
-gradient_accumulation_steps = 32  # 32 x 1024 tokens an iteration
+gradient_accumulation_steps = 32  # 32 x 1024 tokens per iteration
 max_iters = 20
 dropout = 0.1
 

@@ -1,4 +1,4 @@
-"""GPT-2 124M on OpenWebText: about half a million tokens an iteration, as nanoGPT's run on eight A100s."""
+"""GPT-2 124M on OpenWebText: about half a million tokens per iteration, like nanoGPT's run on eight A100s."""
 
 out_dir = "out-gpt2"
 dataset = "openwebtext"
@@ -13,4 +13,4 @@ lr_decay_iters = 600000
 weight_decay = 0.1
 
 dtype = "bfloat16"
-iters_per_call = 2  # of about a second each on a large GPU: SIGTERM is heard in time
+iters_per_call = 2  # about a second each on a large GPU: a run must notice SIGTERM in time

@@ -9,7 +9,7 @@ n_layer = 4
 n_head = 4
 n_embd = 256
 block_size = 256
-bias = True  # as GPT-2 has it
+bias = True  # like GPT-2
 dropout = 0.15
 
 batch_size = 16

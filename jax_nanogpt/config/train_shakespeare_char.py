@@ -1,4 +1,4 @@
-"""A small character-level model, for a CPU: the size that nanoGPT.jax documents."""
+"""A small character-level model for a CPU, of the size that nanoGPT.jax documents."""
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
@@ -16,7 +16,7 @@ gradient_accumulation_steps = 1
 max_iters = 5000
 
 learning_rate = 1e-3
-beta2 = 0.99  # few tokens an iteration: average over more of them
+beta2 = 0.99  # an iteration has few tokens: average over more iterations
 warmup_iters = 100
 lr_decay_iters = 5000
 min_lr = 1e-4

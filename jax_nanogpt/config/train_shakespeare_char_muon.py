@@ -1,4 +1,4 @@
-"""The model and tokens of train_shakespeare_char.py, as good as we know how: Muon, and each window once an epoch."""
+"""The model and tokens of train_shakespeare_char.py, with Muon and each window once per epoch: a lower loss."""
 
 out_dir = "out-shakespeare-char-muon"
 dataset = "shakespeare_char"
@@ -20,7 +20,7 @@ optimizer = "muon"
 muon_lr = 0.02
 muon_weight_decay = 0.1
 learning_rate = 3e-3
-beta2 = 0.99  # few tokens an iteration: average over more of them
+beta2 = 0.99  # an iteration has few tokens: average over more iterations
 schedule = "linear"
 warmup_iters = 100
 lr_decay_iters = 5000

@@ -111,7 +111,8 @@ class Sandbox:
 
 def is_named(line, words, spoil):
     """The flag or its value; the damaged file or its folder."""
-    names = {part.lstrip("-") for word in words for part in word.partition("=")[::2]}
+    pairs = [word.partition("=") for word in words]
+    names = {flag.lstrip("-") for flag, _, _ in pairs} | {value for _, _, value in pairs}
     names |= {part for name in spoil[1:2] for part in (Path(name).name, Path(name).parent.name)}
     names |= {"unrecognized arguments", "nothing"}  # an empty word; bench.py's model
     return any(name.replace("-", "_") in line.replace("-", "_") for name in names - {""})

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import tomllib
 
-from tests.conventions import rules
+from tests.conventions import measures, rules
 from tests.conventions.rules import ROOT, env_of, example_of
 
 PROJECTS = rules.projects(ROOT)
@@ -191,6 +191,11 @@ FORBIDDEN = {  # in the files whose path matches: why
 def forbidden(path, text):
     found = [(pattern, why) for (name, pattern), why in FORBIDDEN.items() if re.fullmatch(name, path)]
     return [f"{path}: {match[0]}: {why}" for pattern, why in found if (match := re.search(pattern, text))]
+
+
+def test_no_function_has_more_than_50_lines():
+    long = [function for function in measures.functions(ROOT) if function.lines > 50]
+    assert not long
 
 
 def test_no_file_holds_what_is_forbidden():

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
@@ -47,7 +46,6 @@ NEEDS = {
     "nvidia gpu": lambda: _prints(r"GPU \d", "nvidia-smi", "-L"),
     "neuron core": lambda: Path("/dev/neuron0").exists(),
     "cloud ai 100": lambda: _prints(r"Status:\s*Ready", "/opt/qti-aic/tools/qaic-util", "-q"),
-    "QEfficient": lambda: find_spec("QEfficient") is not None,
 }
 
 
@@ -177,7 +175,7 @@ class _Reader:
             raise Mistake(f"EXPECTED_STDOUT must be a regular expression: {error}") from None
 
     def need(self, needs: list[str]) -> None:
-        self.needs = needs
+        self.needs = [*self.needs, *needs]
         for need in needs:
             if need not in (*NEEDS, MINUTES, ABOVE):
                 raise Mistake(f"needs must be of {', '.join((*NEEDS, MINUTES, ABOVE))}, got {need!r}")

@@ -125,6 +125,7 @@ SKIP = {
     "ignored": (marked("IGNORE", bash("false")), "marked IGNORE"),
     "minutes": (needs("minutes") + bash("false"), "needs minutes: run with --slow"),
     "one of two": (needs("network", "cloud ai 100") + bash("false"), "needs cloud ai 100"),
+    "one of two comments": (needs("cloud ai 100") + needs("network") + bash("false"), "needs cloud ai 100"),
     "must fail, elsewhere": (marked("XFAIL", needs("nvidia gpu") + bash("true")), "needs nvidia gpu"),
 }
 

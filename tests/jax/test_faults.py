@@ -107,14 +107,14 @@ def test_a_truncated_newest_checkpoint_is_moved_aside_and_the_one_before_resumed
     assert (out_dir / "checkpoints.damaged" / "6").is_dir()
 
 
-def test_a_checkpoint_whose_bytes_were_lost_is_moved_aside_too(finished, run, tmp_path, caplog):
+def test_a_checkpoint_whose_bytes_were_lost_is_moved_aside_too(finished, run, tmp_path):
     out_dir = tmp_path / "damaged"
     shutil.copytree(finished, out_dir)
     files = [path for path in (out_dir / "checkpoints" / "6" / "opt_state").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(bytes(largest.stat().st_size))  # as a power cut may leave it
     run(out_dir, *OFTEN, "--max_iters=8", "--init_from=resume")
-    assert "moved to checkpoints.damaged/6" in run.errors and not caplog.records  # Orbax's
+    assert "moved to checkpoints.damaged/6" in run.errors
     run(tmp_path / "whole", *OFTEN, "--max_iters=8")
     assert same(state(tmp_path / "whole"), state(out_dir))
 

@@ -43,7 +43,7 @@ def test_it_is_small_and_in_gpt2s_format():
 
 
 @settings(max_examples=200)
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@given(text=st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "<|endoftext|>" not in text))
 @example(text="".join(list(topics.values())[:10]))
 def test_autotokenizer_gives_the_same_ids_for_any_text(text):
     assert AUTO_TOKENIZER(text)["input_ids"] == TOKENIZER.encode(text)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.engine
 
 PROJECT = Path(example.__file__).parent
 NANO = find_model("gpt2-nano").folder
+NAME = {"pretrained_model_name_or_path": NANO}
 STATS = r"""
 =+ Performance Stats =+
 Average Prefill time a\.k\.a TTFT is= \d+\.\d+ sec
@@ -104,36 +105,36 @@ def test_both_kinds_of_tokenizer_give_the_same(nano, compiled, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("method", "settings", "message"),
     [
         (
-            lambda m, t: m.compile(ctx_len=257),
+            "compile",
+            {"ctx_len": 257},
             "ctx_len must be from prefill_seq_len (32) to the model's 256 positions, got 257",
         ),
-        (lambda m, t: m.compile(ctx_len=16, prefill_seq_len=17), "ctx_len must be from prefill_seq_len (17)"),
-        (lambda m, t: m.compile(num_cores=0), "num_cores must be a whole number of 1 or more, got 0"),
-        (lambda m, t: m.compile(batch_size="2"), "batch_size must be a whole number of 1 or more, got '2'"),
-        (lambda m, t: m.compile(full_batch_size=4), "full_batch_size must be None on a CPU, got 4"),
-        (lambda m, t: m.compile("nowhere.onnx"), "onnx_path must be a file, got nowhere.onnx"),
-        (lambda m, t: m.generate(t, ["a"], generation_len=0), "generation_len must be a whole number of 1 or more"),
-        (lambda m, t: m.generate(t, "a"), "prompts must be a list of texts, got 'a'"),
-        (lambda m, t: m.generate(t, []), "prompts must be a list of texts, got []"),
-        (lambda m, t: m.generate(t, ["Z" * 129]), "prompt must have at most ctx_len (128) tokens, got 129"),
-        (
-            lambda m, t: m.from_pretrained(NANO, continuous_batching=True),
-            "continuous_batching must be None or False on a CPU, got True",
-        ),
-        (lambda m, t: m.from_pretrained(NANO, dtype="int8"), "dtype must be float32 or float16, got 'int8'"),
-        (
-            lambda m, t: m.from_pretrained(NANO, dtype=torch.float16).compile(int8_matmul=True),
-            "dtype must be float32 with int8_matmul, got float16",
-        ),
+        ("compile", {"ctx_len": 16, "prefill_seq_len": 17}, "ctx_len must be from prefill_seq_len (17)"),
+        ("compile", {"num_cores": 0}, "num_cores must be a whole number of 1 or more, got 0"),
+        ("compile", {"batch_size": "2"}, "batch_size must be a whole number of 1 or more, got '2'"),
+        ("compile", {"full_batch_size": 4}, "full_batch_size must be None on a CPU, got 4"),
+        ("compile", {"onnx_path": "nowhere.onnx"}, "onnx_path must be a file, got nowhere.onnx"),
+        ("generate", {"generation_len": 0}, "generation_len must be a whole number of 1 or more, got 0"),
+        ("generate", {"prompts": "a"}, "prompts must be a list of texts, got 'a'"),
+        ("generate", {"prompts": []}, "prompts must be a list of texts, got []"),
+        ("generate", {"prompts": ["Z" * 129]}, "prompt must have at most ctx_len (128) tokens, got 129"),
+        ("from_pretrained", {"continuous_batching": True}, "continuous_batching must be None or False on a CPU"),
+        ("from_pretrained", {"dtype": "int8"}, "dtype must be float32 or float16, got 'int8'"),
     ],
 )
-def test_the_class_refuses_in_one_line(call, message, tokenizer):
+def test_the_class_refuses_in_one_line(method, settings, message, tokenizer):
+    needed = {"generate": {"tokenizer": tokenizer, "prompts": ["a"]}, "from_pretrained": NAME}.get(method, {})
     with pytest.raises(ValueError) as caught:
-        call(QEFFAutoModelForCausalLM.from_pretrained(NANO), tokenizer)
+        getattr(QEFFAutoModelForCausalLM.from_pretrained(**NAME), method)(**needed | settings)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_int8_is_quantized_from_float32(compiled, nano):
+    with pytest.raises(ValueError, match="dtype must be float32 with int8_matmul, got float16"):
+        compiled(nano, "float16", int8_matmul=True)
 
 
 # -- the statistics
@@ -269,6 +270,7 @@ def test_end_of_text_ends_a_text_unless_ignored(tmp_path, capsys):
         (["--device=tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--device=qaic"], "--device must be auto or cpu here, got qaic: QEfficient is not installed: pip install"),
         (["--dump=nowhere/d.npz"], "--dump must be a file in an existing folder, got nowhere/d.npz"),
+        (["--prompt=--"], "-- must not be the value of a flag"),
         (["--dump=/tmp"], "--dump must be a file in an existing folder, got /tmp"),
     ],
 )
@@ -295,7 +297,7 @@ def test_a_disk_error_or_a_changed_artifact_is_one_line(tmp_path, monkeypatch, c
     for name in "program.onnx", "model.onnx.data":
         [path] = (tmp_path / "home").rglob(name)
         path.write_bytes(path.read_bytes()[:-1])
-        assert f"{path.parent}: SHA-256 " in refused(capsys)
+        assert f"{path.name}: SHA-256 does not match" in refused(capsys)
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])

@@ -32,7 +32,7 @@ LIMIT_S = 300  # a fault can make a test run forever
 
 @dataclass(frozen=True)
 class Mutant:
-    env: str  # of tox, and the folder under tests
+    env: str  # of tox
     about: str
     file: str
     right: str
@@ -52,7 +52,8 @@ def read_mutants(root: Path) -> list[Mutant]:
     found = []
     for path in sorted(root.glob("tests/*/mutants*.toml")):
         entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
-        found += [Mutant(path.parent.name, **entry) for entry in entries]
+        env = "parity" if path.parent.name == "contract" else path.parent.name
+        found += [Mutant(env, **entry) for entry in entries]
     return found
 
 

@@ -65,5 +65,5 @@ def test_a_mode_is_calibrated_on_as_many_samples_as_it_says(modelopt, mode, coun
 
 def test_fp8_is_float8_and_others_are_refused():
     assert check_mode("fp8") == "float8" and all(check_mode(mode) == mode for mode in MODES)
-    with pytest.raises(ValueError, match="--quant-mode must be int8-weight-only, .* or fp8, got int2"):
+    with pytest.raises(ValueError, match="--quant-mode must be int8-weight-only, .* or fp8, got 'int2'"):
         modelopt_quantize(None, "int2")

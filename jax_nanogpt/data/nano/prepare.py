@@ -101,20 +101,8 @@ def encode_with_dropout(text, ranks, rng):
     return ids
 
 
-def main(argv=None):
-    parser = make_parser(__doc__)
-    args = parser.parse_args(argv)
-    try:
-        play = shakespeare(args.input, HERE)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    try:
-        write(play)
-    except OSError as error:  # a full disk
-        parser.error(str(error))
-
-
 def write(play):
+    """The tokenizer, train.bin and val.bin, heldout.json."""
     seen, unseen = play[: int(0.9 * len(play))], play[int(0.9 * len(play)) :]
     unique = pydoc_topics()
     held, tested = hold_out(unique)
@@ -142,6 +130,19 @@ def write(play):
     }
     write_text(HERE / "heldout.json", json.dumps(about, indent=2) + "\n")
     print(f"held out: Shakespeare's last {len(unseen):,} characters and {len(tested)} of {len(topics)} help topics")
+
+
+def main(argv=None):
+    parser = make_parser(__doc__)
+    args = parser.parse_args(argv)
+    try:
+        play = shakespeare(args.input, HERE)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        write(play)
+    except OSError as error:  # a full disk
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
