@@ -128,14 +128,8 @@ class Report:
 
 
 def about(work, model, config, batch, prompt, new):
-    return {
-        "work": work,
-        "model": model,
-        "dtype": config.dtype,
-        "batch": batch,
-        "prompt_tokens": prompt,
-        "new_tokens": new,
-    }
+    sizes = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}
+    return {"work": work, "model": model, "dtype": config.dtype} | sizes
 
 
 def trainer(settings, model, examples):

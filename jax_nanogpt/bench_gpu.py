@@ -79,12 +79,6 @@ class Peer:
         return sample
 
 
-def arithmetic(config, tokens_per_s, peak):
-    """For a training row: the model's TFLOP/s, and their part of the device's peak if that is known."""
-    tflops = flops_per_token(config) * tokens_per_s / 1e12
-    return {"tflops": round(tflops, 3), "mfu": peak and round(tflops / peak, 4)}
-
-
 def bench(args, report, model, peer):
     """Training, and sampling at batch 1 and 64."""
     config, kind = model.config, report.device.device_kind
@@ -94,8 +88,9 @@ def bench(args, report, model, peer):
     peers = [("", peer.name, peer.trainer(examples))] if peer else []
     row = about("train", "random", config, args.batch, None, args.iters * args.block_size)
     row = report.add(row, trainer(Config(warmup_iters=0), model, examples), peers)
-    row |= {"parameters": count_params(config), **arithmetic(config, row["tokens_per_s"], peak)}
-    print(f"{row['tflops']:.1f} TFLOP/s" + (f", {row['mfu']:.1%} of {peak:g}" if peak else ""), flush=True)
+    tflops = flops_per_token(config) * row["tokens_per_s"] / 1e12
+    row |= {"parameters": count_params(config), "tflops": round(tflops, 3), "mfu": peak and round(tflops / peak, 4)}
+    print(f"{tflops:.1f} TFLOP/s" + (f", {tflops / peak:.1%} of {peak:g}" if peak else ""), flush=True)
     params = jax.tree.map(lambda p: p.astype("bfloat16"), init_params(config, jax.random.key(0)))
     for work, samples in ("sample", 1), ("sample_batch64", 64):
         peers = [("", peer.name, peer.sampler(samples, args.new_tokens))] if peer else []

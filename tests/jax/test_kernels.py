@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jax_nanogpt import bench, bench_step, kernels
 from jax_nanogpt.device import has_bfloat16
@@ -22,29 +22,6 @@ pytestmark = pytest.mark.engine
 
 DIMENSIONS = {"kernel": (((2,), (0,)), ((), ())), "tied head": (((2,), (1,)), ((), ()))}
 MODEL = GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
-
-
-def product_and_gradients(dot, dimensions, dtype):
-    normal = jax.random.normal
-    x, g = normal(jax.random.key(0), (3, 20, 48)), normal(jax.random.key(1), (3, 20, 32))
-    kernel = normal(jax.random.key(2), (48, 32) if dimensions[0][1] == (0,) else (32, 48))
-
-    def total(x, kernel):
-        y = dot(x, kernel, dimensions, preferred_element_type=jnp.float32)
-        return (y * g).sum(), y
-
-    return jax.jit(jax.grad(total, (0, 1), has_aux=True))(x.astype(dtype), kernel.astype(dtype))
-
-
-@pytest.mark.parametrize("dimensions", DIMENSIONS.values(), ids=DIMENSIONS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_a_product_and_its_gradients_are_those_of_lax(dimensions, dtype, tolerance):
-    fast = product_and_gradients(dot_general, dimensions, dtype)
-    plain = product_and_gradients(lax.dot_general, dimensions, dtype)
-    for ours, theirs in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        ours, theirs = np.float32(ours), np.float32(theirs)
-        assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -90,17 +67,12 @@ def test_each_device_and_dtype_has_its_kernels(monkeypatch):
     assert kernels.choose_kernels(jax.devices("cpu")[0], "float32") == rows
 
 
-# --- cudnn's attention: by JAX's own implementation of the same function, for a GPU is not needed to compare them
+# --- cuDNN's attention; JAX has the same function for a CPU
 
 
-@pytest.fixture
-def without_cudnn(monkeypatch):
-    plain = partial(jax.nn.dot_product_attention)
+def test_the_fused_attention_is_that_of_the_model(monkeypatch):
+    plain = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
-
-
-@pytest.mark.usefixtures("without_cudnn")
-def test_the_fused_attention_is_that_of_the_model():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 2, 64, 8))
     visible = jnp.tri(64, dtype=bool)
     np.testing.assert_allclose(fused_attend(q, k, v, visible, None), attend(q, k, v, visible, None), atol=1e-6)
@@ -117,6 +89,28 @@ def test_what_cudnn_cannot_do_is_left_to_the_model(width, slots, dropout, monkey
     k = v = jax.random.normal(jax.random.key(1), (1, 1, slots, width))
     visible = jnp.tri(8, slots, dtype=bool)
     np.testing.assert_array_equal(fused_attend(q, k, v, visible, dropout), attend(q, k, v, visible, dropout))
+
+
+def test_on_an_nvidia_gpu_attention_is_cudnns_forward_and_back(monkeypatch):
+    """The program for CUDA, lowered here; JAX asks its own cuDNN for its version, and there is none."""
+    version = type("Version", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
+    monkeypatch.setattr(cudnn, "cuda_versions", version)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    config = replace(MODEL, block_size=64, dropout=0.0, dtype="bfloat16")
+    params = init_params(config, jax.random.key(0))
+
+    def program(kernels):
+        model = GPT(config, kernels)
+        step = jax.jit(jax.grad(lambda p, tokens: model.apply({"params": p}, tokens, train=True)[0].mean()))
+        return step.trace(params, jnp.zeros((2, 64), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = program(Kernels(attend=fused_attend))
+    assert text.count("custom_call @__cudnn$fmhaSoftmax(") == 1
+    assert text.count("custom_call @__cudnn$fmhaSoftmaxBackward(") == 1
+    assert text.count("mask_type\\22: \\22CAUSAL") == 2
+    assert "64x64" not in text  # no scores
+    plain = program(Kernels())
+    assert "__cudnn" not in plain and "64x64" in plain
 
 
 # --- bench_step.py

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from jax._src.ad_checkpoint import saved_residuals
 
 from jax_nanogpt import weight_loader
 from jax_nanogpt.dropout import Dropout
@@ -94,6 +95,18 @@ def test_the_arithmetic_of_a_training_step_is_what_xla_counts():
     step = jax.jit(jax.grad(lambda p: losses(GPT(config), p, examples).mean()))
     counted = step.lower(params).cost_analysis()["flops"] / (3 * 512)
     assert flops_per_token(config) == pytest.approx(counted, rel=0.05)
+
+
+def test_remat_has_the_same_gradients_and_keeps_less_for_the_backward_pass(params):
+    examples, found, kept = np.random.default_rng(0).integers(50, size=(4, 17)), {}, {}
+    for remat in False, True:
+        model = GPT(replace(TINY, dropout=0.1, remat=remat))
+        loss = lambda p, model=model: losses(model, p, examples, jax.random.key(1)).mean()  # noqa: E731
+        found[remat] = jax.jit(jax.value_and_grad(loss))(params)
+        kept[remat] = sum(array.size for array, _ in saved_residuals(loss, params))
+    for with_remat, without in zip(jax.tree.leaves(found[True]), jax.tree.leaves(found[False]), strict=True):
+        np.testing.assert_allclose(with_remat, without, atol=1e-6)
+    assert kept[True] < 0.5 * kept[False]
 
 
 # --- dropout

@@ -2,10 +2,8 @@
 
 import os
 import re
-import resource
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -128,34 +126,28 @@ def test_end_of_text_ends_each_sample_unless_ignored(talker, run, tmp_path):
     np.testing.assert_array_equal(until_end["logits"], every["logits"][: ends[0]])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lower_precision_samples_too(dtype, out_dir, run, tmp_path):
-    flags = (f"--out_dir={out_dir}", "--max_new_tokens=3", "--num_samples=1", "--temperature=0")
-    run(*flags, f"--dump={tmp_path / 'exact.npz'}")
-    run(*flags, f"--dtype={dtype}", f"--dump={tmp_path / 'd.npz'}")
-    rough, exact = (np.load(tmp_path / name)["logits"][0] for name in ("d.npz", "exact.npz"))
-    assert 0 < np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
-
-
 @pytest.mark.parametrize("beyond", [False, True])
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-3), ("bfloat16", 3e-2), ("float16", 1e-2)])
-def test_verify_fails_where_logits_are_further_apart_than_the_limit(dtype, limit, beyond, out_dir, monkeypatch, capsys):
-    """The last layer norm's scale is a factor of the logits: here it is too large by more than the limit, or right."""
-    load, dtypes = sample.load, []
+def test_verify_fails_if_logits_are_further_apart_than_the_limit(dtype, limit, beyond, out_dir, monkeypatch, capsys):
+    """The last layer norm's scale is a factor of the logits: here it is right, or too large by more than the limit."""
+    load = sample.load
 
-    def load_in_float32(args, given):
-        *found, config, params = load(args, "float32")
-        if beyond and not dtypes:
-            params["ln_f"]["scale"] *= 1 + 2.5 * limit
-        dtypes.append(given)
-        return *found, replace(config, dtype=given), params
+    def load_scaled(args, given):
+        *found, params = load(args, given)
+        params["ln_f"]["scale"] *= 1 + 2.5 * limit
+        monkeypatch.setattr(sample, "load", load)
+        return *found, params
 
-    monkeypatch.setattr(sample, "load", load_in_float32)
+    if beyond:
+        monkeypatch.setattr(sample, "load", load_scaled)
     flags = [f"--out_dir={out_dir}", f"--dtype={dtype}", "--verify", "--start=" + "ROMEO " * 9]
-    assert sample.main(flags) == int(beyond) and dtypes == [dtype, "float32"]
+    assert sample.main(flags) == int(beyond)
     verdict = re.search(r"within (\S+) of .* largest: (.*) \(up to (.*)\)\n$", capsys.readouterr().out)
     assert verdict[2] == ("NOT as expected" if beyond else "as expected") and float(verdict[3]) == limit
-    assert not beyond or float(verdict[1]) == pytest.approx(2.5 * limit, rel=0.3)
+    if beyond:
+        assert float(verdict[1]) == pytest.approx(2.5 * limit, rel=0.5)
+    else:
+        assert (float(verdict[1]) > 1e-5) == (dtype != "float32")
 
 
 @pytest.mark.parametrize(
@@ -165,14 +157,11 @@ def test_verify_fails_where_logits_are_further_apart_than_the_limit(dtype, limit
         (["--num_samples=0"], "--num-samples must be from 1 to 65536, got 0"),
         (["--num_samples=65537"], "--num-samples must be from 1 to 65536, got 65537"),
         (["--max_new_tokens=0"], "--max-new-tokens must be 1 or more, got 0"),
-        (["--max_new_tokens=x"], "--max-new-tokens: invalid int value: 'x'"),
         ([f"--seed={2**63}"], f"--seed must be below 2**63, got {2**63}"),
         (["--init_from=nowhere"], "'nowhere'"),
-        (["--init_from=gpt2-xl"], "gpt2-xl is not in the local cache"),
         (["--out_dir=nowhere"], "nowhere"),
         (["--start=FILE:nowhere"], "nowhere"),
         (["--dtype=int8"], "--dtype"),
-        (["--device=gpu"], "gpu"),
         (["--dump=nowhere/d.npz"], "--dump must be a file in an existing folder, got nowhere/d.npz"),
         (["--dump=/tmp"], "--dump must be a file in an existing folder, got /tmp"),
         (["--dump="], "--dump must be a file in an existing folder, got "),
@@ -198,30 +187,25 @@ def test_a_bug_in_the_model_keeps_its_traceback(out_dir, monkeypatch):
         sample.main([f"--out_dir={out_dir}"])
 
 
-COMPILE = """
+def test_a_compiled_program_that_is_damaged_or_cannot_be_written_changes_nothing(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(PROJECT.parent)}
+    environment = {key: value for key, value in environment.items() if not key.startswith("JAX_")}
+    code = """
 from jax_nanogpt.device import choose_devices
 choose_devices("cpu")
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-print(jax.jit(lambda x: x + 1)(1.0))
-"""
+print(jax.jit(lambda x: x + 1)(1.0))"""
 
-
-def test_a_compiled_program_that_is_damaged_or_cannot_be_written_changes_nothing(tmp_path):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(PROJECT.parent)}
-    environment = {key: value for key, value in environment.items() if not key.startswith("JAX_")}
-
-    def kept(limit=resource.RLIM_INFINITY):
-        limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # noqa: E731
-        options = {"env": environment, "capture_output": True, "text": True, "preexec_fn": limited}
-        done = subprocess.run([sys.executable, "-c", COMPILE], **options)
+    def kept(limit="unlimited"):
+        command = f"ulimit -f {limit}; exec '{sys.executable}' -c '{code}'"
+        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "2.0\n", "")
         return {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
 
-    assert kept(limit=100) == {}
+    assert kept(limit=0) == {}
     whole = kept()
-    assert whole
     for path, size in whole.items():
         os.truncate(path, size // 2)
     again = kept()
-    assert again.keys() == whole.keys() and min(again.values()) > max(whole.values()) // 2
+    assert whole and again.keys() == whole.keys() and min(again.values()) > max(whole.values()) // 2
