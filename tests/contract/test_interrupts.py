@@ -98,7 +98,7 @@ def test_ctrl_c_at_random_moments(request, project, place, tokens, report):
     assert_next_run_works(place, tokens)
     interrupted = count - ends[2:].count(0)
     report("counts", f"{project}: {count} interrupts, {interrupted} of them before all was done")
-    assert interrupted > count // 2
+    assert interrupted > count // 4
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
