@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from operator import itemgetter
 from pathlib import Path
 
@@ -105,6 +106,14 @@ def move_former_run(folder):
         shutil.rmtree(folder)
 
 
+def remove_unfinished(folder):
+    """The temporary folders of a save that has failed: Orbax's threads may write into them a little longer."""
+    for _ in range(10):
+        for path in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
+
+
 def lock(out_dir):
     """Keeps other processes from training in out_dir until this one ends: two would mix up one run."""
     if fcntl is None:
@@ -194,8 +203,7 @@ class Checkpoints:
                 folder = self.folder / str(step)
                 write_text(folder / SIZES, json.dumps(file_sizes(folder)))
         except Exception as error:  # Orbax and TensorStore report a full disk in many ways
-            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            remove_unfinished(self.folder)
             raise OSError(f"iteration {step} could not be saved: {str(error).splitlines()[0]:.300}") from error
 
     def last(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-NAMES = ("auto", "cpu", "gpu", "tpu")
+DEVICES = ("auto", "cpu", "gpu", "tpu")
 HEARTBEAT_TIMEOUT_S = 30
 CPUINFO = Path("/proc/cpuinfo")
 THREADS_PER_DEVICE = 32  # where there are several CPU devices
@@ -61,8 +61,8 @@ def choose_devices(name):
     """All devices of a kind, which becomes JAX's default; auto is the best kind that JAX finds here."""
     use_compilation_cache()
     start_enough_threads()
-    if name not in NAMES:
-        raise ValueError(f"device must be one of {', '.join(NAMES)}, got {name!r}")
+    if name not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
     try:
         devices = jax.devices(None if name == "auto" else name)
     except RuntimeError:

@@ -4,7 +4,7 @@ Linen rather than NNX: a Linen model is a pure function of a plain dict of array
 safetensors all take that dict as it is, and the framework costs nothing once a step is compiled. Names and shapes are
 Hugging Face's, kernels [in, out].
 
-Shapes: B batch, T tokens of this call, S cache slots, C width, H heads, D = C / H, V vocabulary.
+Shapes: B batch, T tokens of this call, S cache slots, H heads, D = C / H head size, C width, V vocabulary.
 """
 
 import math
@@ -134,9 +134,9 @@ class GPT(nn.Module):
         x = Dropout(c.dropout)(x, train)
         new_cache = []
         block = nn.remat(Block, static_argnums=(3, 4)) if c.remat and train else Block
-        for i, layer in enumerate(cache or [None] * c.n_layer):
-            x, layer = block(c, self.kernels, name=f"h_{i}")(x, layer, start, train)
-            new_cache.append(layer)
+        for i, layer_cache in enumerate(cache or [None] * c.n_layer):
+            x, layer_cache = block(c, self.kernels, name=f"h_{i}")(x, layer_cache, start, train)
+            new_cache.append(layer_cache)
         x = layer_norm(c, "ln_f")(x)
         if only is not None:
             x = lax.dynamic_slice_in_dim(x, only, 1, axis=1)  # B, 1, C

@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_nanogpt import sampler, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
-from jax_nanogpt.device import choose_devices, describe
+from jax_nanogpt.device import DEVICES, choose_devices, describe
 from jax_nanogpt.files import save_dump
 from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT, count_params
@@ -24,10 +24,12 @@ from jax_nanogpt.sampler import Sampling
 from shared.sampling import check_sampling
 from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
 
-LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}  # of --verify
+# of --verify: differences of logits, relative to the largest
+LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
 
 
 def make_parser():
+    # usage=SUPPRESS: an error is one line
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,19 +41,19 @@ def make_parser():
     add("--max-new-tokens", type=int, default=500, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=200, help="(default: %(default)s)")
-    add("--top-p", type=float)
+    add("--top-p", type=float, help="nucleus sampling (default: off)")
     add("--seed", type=int, default=1337, help="(default: %(default)s)")
     add("--dtype", default="float32", choices=weight_loader.DTYPES, help="(default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
-    add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first sample")
-    add("--ignore-eos", action="store_true", help="go on after <|endoftext|>")
-    add("--verify", action="store_true", help="compare the logits here, in --dtype, with the CPU's in float32; no text")
+    add("--device", default="auto", choices=DEVICES, help="(default: %(default)s)")
+    add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
+    add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
+    add("--verify", action="store_true", help="compare logits with float32 on the CPU; status 1 if they differ")
     return parser
 
 
 def dashed(argv):
     """--max_new_tokens is --max-new-tokens."""
-    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 
 def check(args):
@@ -133,7 +135,7 @@ def verify(model, params, exact, prompt):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character
     parser = make_parser()
     args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
     try:

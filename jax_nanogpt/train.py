@@ -117,7 +117,7 @@ class Config:
         address = self.coordinator == "auto" or re.fullmatch(r".+:\d{1,5}", self.coordinator)
         alone = self.coordinator == "" and self.num_processes == 1
         for key, holds, requirement in (
-            ("coordinator", address or alone, "host:port or auto, for several processes"),
+            ("coordinator", address or alone, "host:port or auto if num_processes is above 1"),
             ("process_id", self.process_id < self.num_processes, f"below num_processes ({self.num_processes})"),
             ("out_dir", self.out_dir, "a folder"),
             ("seed", self.seed < 2**63, "below 2**63"),

@@ -2,7 +2,7 @@
 
 Written to be traced: shapes never depend on data, and the length of a text is a tensor. Names are Hugging Face's.
 
-Shapes: B batch, T tokens in this call, S cache slots, C width, H heads, D = C / H, V vocabulary.
+Shapes: B batch, T tokens of this call, S cache slots, H heads, D = C / H head size, C width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -96,8 +96,8 @@ class GPT(nn.Module):
         x = self.wte(ids) + self.wpe(position)  # B, T, C
         new_cache = []
         for i, block in enumerate(self.h):
-            x, keys_values = block(x, None if cache is None else cache[2 * i : 2 * i + 2], positions)
-            new_cache += keys_values
+            x, layer_cache = block(x, None if cache is None else cache[2 * i : 2 * i + 2], positions)
+            new_cache += layer_cache
         if length is not None:  # later tokens are not visible, so padding changes nothing up to a text's end
             x = x.gather(1, (length - 1).view(B, 1, 1).expand(B, 1, x.shape[2]))[:, 0]  # B, C
         elif cache is not None:

@@ -27,11 +27,11 @@ from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
 
 BATCH = 1
-LIMITS = {"float32": 1e-3, "bfloat16": 3e-2}  # for --verify: differences of logits, relative to the largest
+LIMITS = {"float32": 1e-3, "bfloat16": 3e-2}  # of --verify: differences of logits, relative to the largest
 
 
 def make_parser():
-    # usage=SUPPRESS: an error is then one line
+    # usage=SUPPRESS: an error is one line
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +47,7 @@ def make_parser():
     add("--compiler-args", default="", help="more arguments for neuronx-cc, in one string")
     add("--recompile", action="store_true", help="trace again, and replace the saved graphs")
     add("--cores", type=int, default=1, help="NeuronCores that share the batch, with --window (default: %(default)s)")
-    add("--verify", action="store_true", help="compare with the CPU's float32 and stop; status 1 if they differ")
+    add("--verify", action="store_true", help="compare logits with float32 on the CPU; status 1 if they differ")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
     return parser
 
@@ -60,7 +60,7 @@ def add_sampling(parser):
     add("--max-new-tokens", type=int, default=100, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=200, help="(default: %(default)s)")
-    add("--top-p", type=float)
+    add("--top-p", type=float, help="nucleus sampling (default: off)")
     add("--seed", type=int, default=1337, help="(default: %(default)s)")
     add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
 
@@ -113,21 +113,18 @@ def eager_step(engine, prompt):
     return token, logits([*prompt, token]), median_ms(lambda: module(*inputs))
 
 
-def compare(engine, prompt, dtype):
-    """Prints how a step of the graph compares with the eager model's; whether the logits are as close as expected."""
+def verify(engine, prompt, dtype):
+    """Compares a step of the graph with float32 on the CPU; status 1 if the logits differ too much."""
     token, expected, eager_ms = eager_step(engine, prompt)  # before the first graph, for which engine.gpt is converted
     tokens = np.full(engine.batch, token)
     engine.prefill([prompt] * engine.batch)
-    difference = np.abs(engine.decode(tokens) - expected)
+    apart = np.abs(engine.decode(tokens) - expected).max() / np.abs(expected).max()
     ms = median_ms(lambda: engine.decode(tokens))
     print(f"one step: {eager_ms:.1f} ms eager in float32, {ms:.1f} ms by the graph: ratio {eager_ms / ms:.2f}")
-    relative, limit = difference.max() / np.abs(expected).max(), LIMITS[dtype]
-    close = relative <= limit  # NaN is not
-    print(
-        f"logits differ by at most {difference.max():.1e}, by {difference.mean():.1e} in the mean; relative to the "
-        f"largest {relative:.1e}, {'as' if close else 'NOT as'} expected (up to {limit:g})"
-    )
-    return close
+    limit = LIMITS[dtype]
+    verdict = "as expected" if apart <= limit else "NOT as expected"
+    print(f"logits are within {apart:.1e} of the CPU's float32, relative to the largest: {verdict} (up to {limit:g})")
+    return int(not apart <= limit)  # NaN is not
 
 
 def median_ms(call, repeats=5):
@@ -197,8 +194,8 @@ def main(argv=None):
     why = "" if args.model else f"; {found.why}"
     print(f"{found.name} ({count_params(engine.config) / 1e6:.1f}M parameters) on {engine.describe()}{why}", flush=True)
     try:
-        close = compare(engine, prompt, args.dtype)
-        return int(not close) if args.verify else generate(args, engine, tokenizer, prompt)
+        status = verify(engine, prompt, args.dtype)
+        return status if args.verify else generate(args, engine, tokenizer, prompt)
     except (OSError, ArtifactError) as error:  # a full disk, or a file whose SHA-256 does not match its JSON
         parser.error(str(error))
 

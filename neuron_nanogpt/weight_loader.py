@@ -14,6 +14,7 @@ from neuron_nanogpt.model import GPT, GPTConfig
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's are [in, out], nn.Linear's [out, in]
 
+# From here to check_tensor the text is the same in each project's weight_loader.py.
 FIXED = {  # what model.py has built in, with equivalent values; any other value would change the logits
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

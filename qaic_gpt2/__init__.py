@@ -1,3 +1,3 @@
 import os
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before its import: on Linux too onnxruntime reports to its makers
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import of onnxruntime, which sends it on Linux too

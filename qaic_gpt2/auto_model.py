@@ -17,7 +17,7 @@ import onnx
 import torch
 
 from qaic_gpt2 import compiler, exporter, generation, model, quantizer, weight_loader
-from qaic_gpt2.files import RefusedError, sha256, write_folder
+from qaic_gpt2.files import ArtifactError, sha256, write_folder
 from qaic_gpt2.runtime import ENGINE, Session
 from shared.tokenizer import find_model
 
@@ -85,7 +85,7 @@ class QEFFAutoModelForCausalLM:
             folder = Path(export_dir or home(), f"GPT2LMHeadModel-{key}")
             gpt = None if folder.is_dir() else weight_loader.load(self.folder, self.dtype)
         except ValueError as error:
-            raise RefusedError(error) from None
+            raise ArtifactError(error) from None
         if gpt:
             with write_folder(folder) as temporary:
                 exporter.export(gpt, temporary)
@@ -144,7 +144,7 @@ class QEFFAutoModelForCausalLM:
         return folder
 
     def _hashes(self, onnx_path):
-        """The SHA-256 of a graph's files; a RefusedError if export wrote them and they have changed."""
+        """The SHA-256 of a graph's files; an ArtifactError if export wrote them and they have changed."""
         folder = onnx_path.parent
         if onnx_path != self.onnx_path:  # the caller's own
             tensors = onnx.load(onnx_path, load_external_data=False).graph.initializer
@@ -154,10 +154,10 @@ class QEFFAutoModelForCausalLM:
             expected = dict(json.loads((folder / exporter.SIDECAR).read_text(encoding="utf-8")))
             hashes = {name: sha256(folder / name) for name in (exporter.GRAPH, exporter.WEIGHTS)}
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise RefusedError(f"{folder / exporter.SIDECAR}: {error}: remove the folder to export again") from None
+            raise ArtifactError(f"{folder / exporter.SIDECAR}: {error}: remove the folder to export again") from None
         if wrong := [name for name in hashes if hashes[name] != expected.get(name)]:
             path, sidecar = folder / wrong[0], exporter.SIDECAR
-            raise RefusedError(f"{path}: SHA-256 does not match {sidecar}: remove the folder to export again")
+            raise ArtifactError(f"{path}: SHA-256 does not match {sidecar}: remove the folder to export again")
         return hashes
 
     @property

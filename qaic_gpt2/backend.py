@@ -54,7 +54,7 @@ def missing():
 def choose_device(name="auto"):
     """(cpu or qaic, why). A card that is requested by name and missing is an error, never a run on the CPU."""
     if name not in DEVICES:
-        raise ValueError(f"--device must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, got {name!r}")
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cpu":
         return "cpu", "as requested"
     lack = missing()

@@ -189,13 +189,13 @@ def bench_perplexity():
 
 EXPORT = """
 import sys, time
-from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM, RefusedError
+from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM, ArtifactError
 model, start = QEFFAutoModelForCausalLM.from_pretrained(sys.argv[1]), time.perf_counter()
 try:
     model.export()
     exported = time.perf_counter()
     model.compile()
-except (OSError, RefusedError) as error:
+except (OSError, ArtifactError) as error:
     print(f"bench.py: error: {error}", file=sys.stderr)
     sys.exit(2)
 print(exported - start, time.perf_counter() - exported)

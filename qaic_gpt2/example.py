@@ -18,18 +18,19 @@ import numpy as np
 import torch
 
 from qaic_gpt2 import auto_model, backend, quantizer
-from qaic_gpt2.files import RefusedError, save_dump
+from qaic_gpt2.files import ArtifactError, save_dump
 from qaic_gpt2.generation import check_context
 from qaic_gpt2.model import count_params
 from qaic_gpt2.weight_loader import read_config
 from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import encode_prompt, find_model, load_tokenizer
 
-LIMITS = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2}  # of --verify
+# of --verify: differences of logits, relative to the largest
+LIMITS = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2}
 
 
 def make_parser():
-    # usage=SUPPRESS: an error is one line on stderr, and status 2
+    # usage=SUPPRESS: an error is one line
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,13 +40,13 @@ def make_parser():
     add("--max-new-tokens", type=int, help="(default: to the end of the context)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int)
-    add("--top-p", type=float)
+    add("--top-p", type=float, help="nucleus sampling (default: off)")
     add("--seed", type=int, default=1337, help="(default: %(default)s)")
     add("--dtype", "--precision", default="float32", choices=[*LIMITS], help="int8: on a CPU (default: %(default)s)")
     add("--device", default="auto", choices=backend.DEVICES, help="(default: %(default)s)")
     add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
-    add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first prompt")
-    add("--verify", action="store_true", help="compare the logits with float32 on the CPU, and generate no text")
+    add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
+    add("--verify", action="store_true", help="compare logits with float32 on the CPU; status 1 if they differ")
     add("--num-cores", type=int, default=16, help="of the card (default: %(default)s)")
     add("--prefill-seq-len", type=int, help="prompt tokens in one call (default: 32, or less in a shorter context)")
     add("--ctx-len", type=int, help="slots of the KV cache (default: 128, or more if the text needs them)")
@@ -87,7 +88,7 @@ def compile_settings(args, config, rows):
     return sizes | {"num_cores": args.num_cores, "mxfp6_matmul": args.mxfp6_matmul}
 
 
-def make(device, folder, dtype, settings):
+def compile_model(device, folder, dtype, settings):
     """The compiled model."""
     start = time.perf_counter()
     with backend.card_errors(device):
@@ -110,10 +111,9 @@ def verify(dtype, device, model, exact, rows):
         logits = model.session.prefill(rows) if device == "cpu" else backend.card_logits(model.qpc_path, rows)
     apart = np.abs(logits - expected).max() / np.abs(expected).max()
     limit = LIMITS[dtype if device == "cpu" else "float16"]
-    status = int(not apart <= limit)  # NaN is not
-    verdict = "NOT as expected" if status else "as expected"
+    verdict = "as expected" if apart <= limit else "NOT as expected"
     print(f"logits are within {apart:.1e} of the CPU's float32, relative to the largest: {verdict} (up to {limit:g})")
-    return status
+    return int(not apart <= limit)  # NaN is not
 
 
 def cpu_keywords(args, tokenizer):
@@ -161,13 +161,13 @@ def main(argv=None):
         with backend.card_errors(device):
             where = backend.describe(device, why) + ("" if args.model else f"; {found.why}")
         print(f"{found.name} ({count_params(config) / 1e6:.1f}M parameters) on {where}", flush=True)
-        model = make(device, found.folder, args.dtype, settings)
+        model = compile_model(device, found.folder, args.dtype, settings)
         if args.verify:
-            return verify(args.dtype, device, model, make("cpu", found.folder, "float32", settings), rows)
+            return verify(args.dtype, device, model, compile_model("cpu", found.folder, "float32", settings), rows)
         room = max(settings["ctx_len"] - max(map(len, rows)), 1)
         keywords = cpu_keywords(args, tokenizer) if device == "cpu" else card_keywords(args, found.folder, room)
         generate(args, device, model, keywords, rows[0])
-    except (OSError, RefusedError, backend.CardError) as error:
+    except (OSError, ArtifactError, backend.CardError) as error:
         parser.error(str(error))
 
 

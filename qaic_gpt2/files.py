@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 
-class RefusedError(ValueError):
+class ArtifactError(ValueError):
     """A checkpoint or an artifact on disk cannot be used: one line for the user, who can repair or remove it."""
 
 

@@ -7,7 +7,7 @@ to its own. The card keeps the output `past_key.0_RetainedState` and feeds it to
 One graph serves both programs, prefill (many tokens, right-padded with position -1) and decode (one token). All numbers
 are finite in float16, the card's arithmetic: a masked score is -10000, not -inf or the least float32.
 
-    B batch  T tokens of this call  S cache slots (ctx_len)  H heads  D head size  C = H * D  V vocabulary
+Shapes: B batch, T tokens of this call, S cache slots, H heads, D = C / H head size, C width, V vocabulary.
 """
 
 import math

@@ -15,24 +15,24 @@ import onnxruntime
 
 from qaic_gpt2.compiler import PROGRAM, SIDECAR, SPECIALIZATIONS
 from qaic_gpt2.exporter import retained
-from qaic_gpt2.files import RefusedError, sha256
+from qaic_gpt2.files import ArtifactError, sha256
 
 ENGINE = f"onnxruntime {onnxruntime.__version__}"
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def read(folder):
-    """(program, the folder of its weights) of an artifact; a RefusedError if a file differs from what compile wrote."""
+    """(program, the folder of its weights) of an artifact; an ArtifactError if a file is not what compile wrote."""
     try:
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         program, expected = (folder / PROGRAM).read_bytes(), dict(sidecar["sha256"])
         weights = folder / sidecar["weights"]
         hashes = {name: sha256(folder / name) for name in {*expected, SPECIALIZATIONS}}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RefusedError(f"{folder / SIDECAR}: {error}: remove the folder to recompile") from None
+        raise ArtifactError(f"{folder / SIDECAR}: {error}: remove the folder to recompile") from None
     hashes[PROGRAM] = hashlib.sha256(program).hexdigest()  # of the bytes that will run; the file may change
     if wrong := sorted(name for name, value in hashes.items() if value != expected.get(name)):
-        raise RefusedError(f"{folder / wrong[0]}: SHA-256 does not match {SIDECAR}: remove the folder to recompile")
+        raise ArtifactError(f"{folder / wrong[0]}: SHA-256 does not match {SIDECAR}: remove the folder to recompile")
     return program, weights
 
 

@@ -14,6 +14,7 @@ from qaic_gpt2.files import sha256
 from qaic_gpt2.model import GPT, GPTConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+# From here to check_tensor the text is the same in each project's weight_loader.py.
 FIXED = {  # what model.py has built in, with equivalent values; any other value would change the logits
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

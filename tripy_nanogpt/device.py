@@ -7,6 +7,7 @@ import nvtripy as tp
 
 from tripy_nanogpt import tripy_cpu
 
+DEVICES = ("auto", "cpu", "gpu")
 NO_KERNEL = "float32 (torch has no faster kernel for this CPU)"
 
 
@@ -15,8 +16,8 @@ def choose_device(name, fast=False):
 
     fast: executables that are compiled or loaded from now on multiply quantized weights in bfloat16 (CPU only).
     """
-    if name not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"--device must be auto, cpu or gpu, got {name!r}")
+    if name not in DEVICES:
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     return describe_cpu(name, fast) if tripy_cpu.ENGINE else describe_gpu(name, fast)
 
 

@@ -16,23 +16,26 @@ import numpy as np
 
 from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
+from tripy_nanogpt.device import DEVICES
 from tripy_nanogpt.engine import DTYPES, load
 from tripy_nanogpt.files import save_dump
 from tripy_nanogpt.model import count_params
 from tripy_nanogpt.quantization import Quantization
 
-# --verify: how far the logits may be from float32 on the CPU, relative to the largest; TensorRT's float32 is TF32
+# of --verify: differences of logits, relative to the largest; TensorRT's float32 is TF32
 LIMITS = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def make_parser():
+    # usage=SUPPRESS: an error is one line
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     prompt = "What is the answer to life, the universe, and everything?"
     add("--prompt", "--input-text", default=prompt, help="(default: %(default)s)")
-    add("--model", "--model-type", help="gpt2, ..., gpt2-xl, gpt2-nano or a folder (default: gpt2, else gpt2-nano)")
+    model = "gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)"
+    add("--model", "--model-type", help=model)
     add("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=200, help="(default: %(default)s)")
@@ -46,11 +49,11 @@ def make_parser():
         help="for int4-awq and float8: a .txt, a .jsonl or a folder (default: %(default)s or text from here)",
     )
     add("--fast", action="store_true", help="on the CPU: multiply quantized weights in bfloat16")
-    add("--device", default="auto", help="auto, cpu or gpu (default: %(default)s)")
+    add("--device", default="auto", choices=DEVICES, help="(default: %(default)s)")
     add("--no-cache", action="store_true", help="recompute the whole text for each token")
     add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
-    add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits")
-    add("--verify", action="store_true", help="compare the logits with transformers in float32 on the CPU; no text")
+    add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the text")
+    add("--verify", action="store_true", help="compare logits with float32 on the CPU; status 1 if they differ")
     return parser
 
 
@@ -110,11 +113,12 @@ def verify(args, engine, folder, prompt):
     ours = {"forward": engine.forward([prompt])[0], "prefill, decode": np.concatenate(cached)}
     limit, passed = LIMITS[args.dtype], True
     for name, logits in ours.items():
-        difference = abs(logits - exact[-len(logits) :]).max() / (abs(exact).max() or 1.0)
-        good = difference <= limit  # NaN is not
+        apart = abs(logits - exact[-len(logits) :]).max() / (abs(exact).max() or 1.0)
+        good = apart <= limit  # NaN is not
         passed = passed and good
         verdict = "as expected" if good else "NOT as expected"
-        print(f"{name}: logits within {difference:.1e} of the largest: {verdict} (up to {limit:g})")
+        distance = f"{apart:.1e} of the CPU's float32, relative to the largest"
+        print(f"{name}: logits are within {distance}: {verdict} (up to {limit:g})")
     return int(not passed)
 
 

@@ -5,8 +5,9 @@ GPT has three functions to compile, with the same parameters:
     prefill(ids)                    a prompt: the logits after its last token, and the KV cache
     decode(token, position, cache)  one more token: the logits after it, and the updated KV cache
 
-Parameters and arithmetic are in config.dtype, except LayerNorm's, which are in float32. Shapes in comments: T tokens of
-this call, S cache slots (block_size), H heads, D = C / H head size, C width, V vocabulary. The batch is one text.
+Parameters and arithmetic are in config.dtype, except LayerNorm's, which are in float32. The batch is one text.
+
+Shapes: B batch, T tokens of this call, S cache slots, H heads, D = C / H head size, C width, V vocabulary.
 """
 
 import math
@@ -148,8 +149,8 @@ class Transformer(tp.Module):
         x = self.wte(ids) + self.wpe(positions)  # (1, T, C)
         new_cache = []  # k and v of the first layer, then of the next: an executable returns a flat list
         for block, layer_cache in zip(self.h, cache or [None] * len(self.h), strict=True):
-            x, kv = block(x, T, visible, at_position, layer_cache)
-            new_cache += kv
+            x, layer_cache = block(x, T, visible, at_position, layer_cache)
+            new_cache += layer_cache
         return x, new_cache
 
 
@@ -162,11 +163,11 @@ class GPT(tp.Module):
         self.lm_head = tp.Linear(config.n_embd, config.vocab_size, bias=False, dtype=config.dtype, **head)
 
     def forward(self, ids):
-        x, _ = self.attend(ids)
+        x, _ = self.uncached(ids)
         return self.logits(x)
 
     def prefill(self, ids):
-        x, new_cache = self.attend(ids)
+        x, new_cache = self.uncached(ids)
         # S slots: those after the prompt repeat its last one, and decode reads none of them before it has written it
         slots = tp.minimum(self.slots(), ids.shape[1] - 1)
         return [self.logits(x[:, -1:, :]), *(tp.gather(kv, 2, slots) for kv in new_cache)]
@@ -179,7 +180,7 @@ class GPT(tp.Module):
         x, new_cache = self.transformer(token, 1, position, visible, at_position, cache)
         return [self.logits(x), *new_cache]
 
-    def attend(self, ids):
+    def uncached(self, ids):
         T = ids.shape[1]
         positions = tp.arange(T, dtype=tp.int32)
         visible = positions <= tp.reshape(positions, (-1, 1))  # (T, T): True on and below the diagonal

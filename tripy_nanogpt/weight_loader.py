@@ -19,6 +19,7 @@ from tripy_nanogpt.quantization import modelopt_quantize
 
 LINEAR = ("c_attn", "c_proj", "c_fc")
 
+# From here to check_tensor the text is the same in each project's weight_loader.py.
 FIXED = {  # what model.py has built in, with equivalent values; any other value would change the logits
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

@@ -23,19 +23,16 @@ def right(referee):
 @pytest.fixture
 def outcome_of(referee):
     def outcome_of(dump, case=SHORT, project="qaic_gpt2", status=0, stderr=""):
-        return compare(project, "gpt2-nano", case, Answer(status, "", stderr, 1.0, dump), referee)
+        outcome = compare(project, "gpt2-nano", case, Answer(status, "", stderr, 1.0, dump), referee)
+        assert all(error.startswith(f"{project} (gpt2-nano, the prompt 'short'): ") for error in outcome.errors)
+        return outcome
 
     return outcome_of
 
 
 @pytest.fixture
 def errors(outcome_of):
-    def errors(dump, case=SHORT, **answer):
-        found = outcome_of(dump, case, **answer).errors
-        assert all(line.startswith("qaic_gpt2 (gpt2-nano, the prompt 'short'): ") for line in found)
-        return "\n".join(found)
-
-    return errors
+    return lambda *args, **answer: "\n".join(outcome_of(*args, **answer).errors)
 
 
 def set_logit(value):

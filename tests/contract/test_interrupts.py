@@ -34,10 +34,8 @@ def until_it_writes(process):
 
 def assert_interrupted(place, status, errors, importing=False):
     """In silence, but that Python itself prints a traceback while the script imports its packages."""
-    if importing and errors:
-        assert status in (130, -signal.SIGINT) and "KeyboardInterrupt" in errors.splitlines()[-1], (status, errors)
-    else:
-        assert (status, errors) == (130, "")
+    assert status in (130, -signal.SIGINT), errors  # the second while Python starts or ends
+    assert errors == "" or importing and errors.splitlines()[-1].startswith("KeyboardInterrupt")
     assert not place.stray() and not place.running()
 
 
@@ -94,12 +92,13 @@ def test_ctrl_c_at_random_moments(request, project, place, tokens, report):
         if status:
             assert number >= 0
             assert_interrupted(place, status, errors, importing=not out)
-        else:
-            assert errors == "" and place.dump()["tokens"].tolist() == tokens
+        else:  # all was done, or Python ignored it, as in a destructor or in JAX's callback of the garbage collector
+            assert errors == "" or errors.startswith("Exception ignored in") and "KeyboardInterrupt" in errors
+            assert place.dump()["tokens"].tolist() == tokens
     assert_next_run_works(place, tokens)
     interrupted = count - ends[2:].count(0)
     report("counts", f"{project}: {count} interrupts, {interrupted} of them before all was done")
-    assert interrupted > count // 2
+    assert interrupted > count // 4
 
 
 @pytest.mark.parametrize("project", EXAMPLES)

@@ -103,6 +103,10 @@ def test_the_weight_loaders_have_the_same_text(name):
     assert len({source_of(f"{project}/weight_loader.py", name) for project in PROJECTS}) == 1
 
 
+def test_the_examples_read_flags_by_the_same_text():
+    assert len({source_of(f"{project}/{example_of(ROOT, project)}", "dashed") for project in PROJECTS}) == 1
+
+
 # -- pins
 
 

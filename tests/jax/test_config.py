@@ -102,8 +102,11 @@ def test_the_config_files_hold_known_settings_within_limits(path):
         ("--min_lr=1e999", "min_lr must be a finite number, 0 or more, got inf"),
         ("--learning_rate=0", "learning_rate must be above 0, got 0.0"),
         ("--mesh=heads:2", "got 'heads:2' in 'heads:2'"),
-        ("--num_processes=2", "coordinator must be host:port or auto, for several processes, got ''"),
-        ("--coordinator=somewhere", "coordinator must be host:port or auto, for several processes, got 'somewhere'"),
+        ("--num_processes=2", "coordinator must be host:port or auto if num_processes is above 1, got ''"),
+        (
+            "--coordinator=somewhere",
+            "coordinator must be host:port or auto if num_processes is above 1, got 'somewhere'",
+        ),
         ("--process_id=1", "process_id must be below num_processes (1), got 1"),
         ("--n_head=5", "n_embd must be a multiple of n_head (5), got 768"),
         ("--out_dir=", "out_dir must be a folder, got ''"),

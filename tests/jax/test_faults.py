@@ -136,7 +136,7 @@ def small_disk(tmp_path):
     """A disk with room for two checkpoints and no third, and a function that makes it larger."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
     yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)

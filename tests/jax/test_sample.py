@@ -199,7 +199,7 @@ print(jax.jit(lambda x: x + 1)(1.0))"""
 
     def kept(limit="unlimited"):
         command = f"ulimit -f {limit}; exec '{sys.executable}' -c '{code}'"
-        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, encoding="utf-8")
         assert (done.returncode, done.stdout, done.stderr) == (0, "2.0\n", "")
         return {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
 

@@ -76,7 +76,7 @@ def test_a_window_over_several_cores_is_the_window_over_one(write, neuron):
 def test_verify_says_how_far_the_device_is_from_the_cpu(run, tiny, neuron):
     for flags in [], ["--dtype=bfloat16"], ["--window"]:
         status, out, err = run(f"--model={tiny[0]}", "--prompt=abc", "--verify", *flags)
-        assert (status, err) == (0, "") and ", as expected (up to " in out
+        assert (status, err) == (0, "") and ": as expected (up to " in out
 
 
 ROUNDED = {"float32": torch.bfloat16, "bfloat16": torch.float8_e5m2}

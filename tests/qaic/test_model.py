@@ -18,7 +18,7 @@ from onnxruntime.quantization import matmul_nbits_quantizer
 
 from qaic_gpt2 import exporter, quantizer, weight_loader
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
-from qaic_gpt2.files import RefusedError
+from qaic_gpt2.files import ArtifactError
 from qaic_gpt2.runtime import Session
 
 pytestmark = pytest.mark.engine
@@ -285,7 +285,7 @@ def test_a_changed_artifact_is_not_loaded(built, tmp_path, name):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(RefusedError, match=f"{name}: SHA-256 does not match compile.json"):
+    with pytest.raises(ArtifactError, match=f"{name}: SHA-256 does not match compile.json"):
         Session(folder)
 
 
@@ -305,7 +305,7 @@ def test_an_artifact_with_a_damaged_record_is_not_loaded(built, tmp_path, change
     folder = shutil.copytree(built.parent, tmp_path / "export") / built.name
     record = change(json.loads((folder / "compile.json").read_text(encoding="utf-8")))
     (folder / "compile.json").write_text(record if isinstance(record, str) else json.dumps(record), encoding="utf-8")
-    with pytest.raises(RefusedError, match="compile.json.*: remove the folder to recompile"):
+    with pytest.raises(ArtifactError, match="compile.json.*: remove the folder to recompile"):
         Session(folder)
 
 
@@ -314,7 +314,7 @@ def test_a_truncated_export_is_not_compiled(tiny, tmp_path, name):
     path = QEFFAutoModelForCausalLM.from_pretrained(tiny).export(tmp_path).with_name(name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(
-        RefusedError, match=f"{path}: SHA-256 does not match export.json: remove the folder to export again"
+        ArtifactError, match=f"{path}: SHA-256 does not match export.json: remove the folder to export again"
     ):
         artifact(tiny, tmp_path)
 

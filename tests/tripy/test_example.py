@@ -184,7 +184,7 @@ def test_verify_fails_for_each_function(verify, monkeypatch, function, passed, s
         (["--quant-mode=float8", "--calibration-data=nowhere"], "--calibration-data must be cnn_dailymail, a .txt"),
         (["--quant-mode=float8", "--calibration-data=nowhere.txt"], "--calibration-data 'nowhere.txt' cannot be read"),
         (["--device=gpu"], "--device must be auto or cpu without TensorRT, got gpu: pip install -r requirements.txt"),
-        (["--device=tpu"], "--device must be auto, cpu or gpu, got 'tpu'"),
+        (["--device=tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--dump=nowhere/d.npz"], "--dump must be a file in an existing folder, got nowhere/d.npz"),
         (["--dump=/tmp"], "--dump must be a file in an existing folder, got /tmp"),
         ([f"--input-text={'so ' * 300}"], "--prompt must be at most 256 tokens long, got "),
