@@ -3,8 +3,8 @@
     python bench.py [--model NAME | --random NAME] [--new-tokens N]
 
 Each figure is measured interleaved with a peer's: PyTorch in nanoGPT's style, and transformers. Without those packages
-there are no peers. With it come the seconds to compile, without and with the compilation cache, and the process's peak
-memory. The last line of output is one JSON document.
+there are no peers. Each row also has the seconds to compile, without and with the compilation cache, and the process's
+peak memory. The last line of output is one JSON document.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from jax_nanogpt.model import Kernels, attend
 
 
 def choose_kernels(device, dtype):
-    """The kernels for a device and the dtype of the arithmetic; XLA's own if there are no better ones."""
+    """The kernels for a device and the dtype of the arithmetic; XLA's own if no others are faster."""
     if device.platform == "cpu" and (dtype != "bfloat16" or has_bfloat16()):
         return Kernels(dot_general=dot_general)
     on_nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
