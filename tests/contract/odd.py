@@ -242,7 +242,7 @@ SETTINGS = [  # in config.json: the key, its value, and what is allowed
 ]
 MAP, NEIGHBOUR = f"/{INDEX}: weight_map must map tensor names to files", " must be a file in the same folder"
 READ, LIST = f"/{WEIGHTS} cannot be read as safetensors: ", "/config.json must hold a JSON object, got list"
-NONE = f" is a folder without {WEIGHTS} or {INDEX}"
+NONE = f" must hold {WEIGHTS} or {INDEX}: weights are read from no other format"
 MATRIX = f"/{WEIGHTS}: transformer.h.0.mlp.c_fc.weight must have shape (32, 128), got (128, 32)"
 FLOAT = " must be floating-point, got "  # jax does not name a tensor in float8
 HEAD = ": lm_head.weight must equal wte.weight, as tie_word_embeddings says"
