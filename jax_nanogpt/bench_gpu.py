@@ -10,6 +10,7 @@ The last line of output is one JSON document. With a small --shape it runs on a 
 import argparse
 import json
 import os
+import signal
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -151,5 +152,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt:  # end by the signal itself: in Python's own exit, XLA's threads crash
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)

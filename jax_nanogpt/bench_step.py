@@ -7,6 +7,7 @@ installed.
 """
 
 import argparse
+import signal
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -131,5 +132,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt:  # end by the signal itself: in Python's own exit, XLA's threads crash
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)

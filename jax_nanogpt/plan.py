@@ -8,6 +8,7 @@ Nothing is run. The iteration's time has two bounds: all communication overlaps 
 
 import argparse
 import math
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -155,5 +156,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt:  # end by the signal itself: in Python's own exit, XLA's threads crash
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)

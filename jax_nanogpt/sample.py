@@ -6,6 +6,7 @@ python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_sa
 
 import argparse
 import re
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -162,5 +163,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt:  # end by the signal itself: in Python's own exit, XLA's threads crash
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
