@@ -35,10 +35,10 @@ def until_it_writes(process):
 
 def interrupt(process):
     """(exit status, stdout, stderr). Python ignores a Ctrl-C in a destructor and in JAX's callback of the garbage
-    collector: after a minute it is pressed again."""
+    collector: after 20 s it is pressed again."""
     press_ctrl_c(process)
     try:
-        return ended(process, timeout_s=60)
+        return ended(process, timeout_s=20)
     except subprocess.TimeoutExpired:
         press_ctrl_c(process)
         return ended(process)
