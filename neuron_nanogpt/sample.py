@@ -42,8 +42,8 @@ def generate(args, gpt, tokenizer, ids):
     print("\n" + args.prompt, end="", flush=True)
     for _ in range(args.max_new_tokens):
         window = torch.tensor([ids[-gpt.config.block_size :]], device=gpt.wpe.weight.device)
-        logits = gpt(window)[0][0, -1]  # V
-        ids.append(sampler(logits.cpu().numpy()))
+        logits, _ = gpt(window, torch.tensor([window.shape[1]], device=window.device))  # 1, V
+        ids.append(sampler(logits[0].cpu().numpy()))
         if ids[-1] == end:
             break
         print(stream.push(ids[-1]), end="", flush=True)
