@@ -19,7 +19,8 @@ from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT, Kernels, init_cache
 
-jit = partial(jax.jit, compiler_options=narrow.COMPILER_OPTIONS)
+# not for prompts and windows: there XLA's own reductions took a quarter longer
+jit_step = partial(jax.jit, compiler_options=narrow.COMPILER_OPTIONS)
 
 CHUNK = 32  # tokens of one jitted call: after each the text is printed, and its end noticed
 
@@ -51,7 +52,7 @@ def keys_at(key, batch, position):
     return jax.vmap(lambda sample: jax.random.fold_in(jax.random.fold_in(key, sample), position))(jnp.arange(batch))
 
 
-@partial(jit, static_argnames=("model", "slots", "batch"))
+@partial(jax.jit, static_argnames=("model", "slots", "batch"))
 def prefill(model, params, prompt, length, slots, batch):
     """Reads the first `length` tokens of prompt [R, P]. Returns the logits [B, V] of the next token, and the cache, of
     B = batch * R texts."""
@@ -74,11 +75,11 @@ def read_window(model, params, window):
     return model.apply({"params": params}, window, only=window.shape[1] - 1)[0][:, 0]
 
 
-step = jit(read_token, static_argnames=("model",), donate_argnames=("cache",))
-step_past = jit(read_window, static_argnames=("model",))
+step = jit_step(read_token, static_argnames=("model",), donate_argnames=("cache",))
+step_past = jax.jit(read_window, static_argnames=("model",))
 
 
-@partial(jit, static_argnames=("model", "sampling", "count"), donate_argnames=("cache",))
+@partial(jit_step, static_argnames=("model", "sampling", "count"), donate_argnames=("cache",))
 def decode(model, params, sampling, key, start, cache, count):
     """Generates count tokens with the cache. start is the position of the first and the logits [B, V] of its draw.
 
@@ -95,7 +96,7 @@ def decode(model, params, sampling, key, start, cache, count):
     return start, cache, tokens, rows
 
 
-@partial(jit, static_argnames=("model", "sampling", "count"))
+@partial(jax.jit, static_argnames=("model", "sampling", "count"))
 def slide(model, params, sampling, key, start, count):
     """Generates count tokens past block_size. start is the position of the first, and the window [B, block_size] before
     it. Returns the tokens [count, B], and the logits [count, B, V] they were drawn from."""
