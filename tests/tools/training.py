@@ -1,0 +1,9 @@
+"""stub until merged"""
+
+
+def measure(root, scratch, rounds):
+    return []
+
+
+def table(rows):
+    return ""
