@@ -6,6 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from tests.conventions.rules import ROOT
+from tests.tools import machine
 from tests.tools.examples import Failed
 
 
@@ -56,7 +58,7 @@ def last_line(lines: list[str]) -> str:
 
 
 def environment(root: Path, home: Path) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     caches = {"XDG_CACHE_HOME": home, "QEFF_HOME": home / "qeff", "TORCHINDUCTOR_CACHE_DIR": home / "inductor"}
-    settings = {"PYTHONPATH": root, "PYTHONUTF8": 1, "HF_HUB_OFFLINE": 1, "OMP_NUM_THREADS": cores}
+    settings = {"PYTHONUTF8": 1, "HF_HUB_OFFLINE": 1, "OMP_NUM_THREADS": machine.cores()}
+    settings |= {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}"}
     return os.environ | {name: str(value) for name, value in (caches | settings).items()}

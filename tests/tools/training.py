@@ -5,6 +5,7 @@ iterations without dropout: a row whose losses are not those of nanoGPT, eager, 
 a commit; NANOGPT and LLM_C name a repository to clone instead of GitHub's, such as a local copy.
 """
 
+import math
 import os
 import re
 import shutil
@@ -12,19 +13,20 @@ import statistics
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
-from tests.tools.examples import Failed, python_of
+from tests.tools.examples import Failed, make_environment
 from tests.tools.peers import training_task
 from tests.tools.process import Worker, last_line
 
 OURS, REFEREE = "jax_nanogpt", "nanoGPT, eager"
 # name -> (environment, module, ending of the dtype)
 ENGINES = {
-    REFEREE: ("peer-transformers", "nanogpt", ""),
-    "nanoGPT, compiled": ("peer-transformers", "nanogpt", "-compiled"),
-    "llm.c": ("jax", "llmc", ""),
-    OURS: ("jax", "jax_training", ""),
+    REFEREE: ("peer-transformers", "tests.tools.peers.nanogpt", ""),
+    "nanoGPT, compiled": ("peer-transformers", "tests.tools.peers.nanogpt", "-compiled"),
+    "llm.c": ("jax", "tests.tools.peers.llmc", ""),
+    OURS: ("jax", "tests.tools.peers.jax_training", ""),
 }
 SOURCES = {
     "nanoGPT": ("https://github.com/karpathy/nanoGPT", "3adf61e154c3fe3fca428ad6bc3818b27a3b8291"),
@@ -78,9 +80,6 @@ class Row:
     losses: list[float] = field(default_factory=list)
     error: str = ""
 
-    def fail(self, error: Exception) -> None:
-        self.error = str(error)
-
 
 def clone(name: str, folder: Path) -> None:
     """The peer's code at its commit."""
@@ -130,9 +129,9 @@ def measure_width(root: Path, folder: Path, name: str, width: str, missing: dict
                 if source := next((source for source in missing if engine.startswith(source)), None):
                     raise Failed(missing[source])
                 workers[engine] = start(root, folder, row)
-                check(row, rows[0])
+                check(row, next(other for other in rows if other.losses))  # the referee, if it runs here
             except Failed as error:
-                row.fail(error)
+                row.error = str(error)
             print(f"  {row.name}: {row.error or f'{row.first_s:.1f} s for the first time'}", flush=True)
         for _ in range(rounds):
             for row in rows:
@@ -147,8 +146,8 @@ def measure_width(root: Path, folder: Path, name: str, width: str, missing: dict
 def start(root: Path, folder: Path, row: Row) -> Worker:
     """The worker, which has compiled what it needs; the losses without dropout."""
     environment, module, ending = ENGINES[row.name]
-    python, home = python_of(root, environment), folder / "home" / re.sub(r"\W+", "-", f"{row.name} {row.width}")
-    words = [f"tests.tools.peers.{module}", folder / row.model, f"{row.width}{ending}"]
+    python, home = make_environment(root, environment), folder / "home" / re.sub(r"\W+", "-", f"{row.name} {row.width}")
+    words = [module, folder / row.model, f"{row.width}{ending}"]
     worker = Worker(root, python, words, home)
     try:
         answer = worker.ask(train=MODELS[row.model].iterations, dropout=0.0)
@@ -164,9 +163,9 @@ def start(root: Path, folder: Path, row: Row) -> Worker:
 
 def check(row: Row, referee: Row) -> None:
     most = WIDTHS[row.width]
-    for number, (ours, theirs) in enumerate(zip(row.losses, referee.losses, strict=False), 1):
+    for number, (ours, theirs) in enumerate(zip_longest(row.losses, referee.losses, fillvalue=math.nan), 1):
         if not abs(ours - theirs) <= most:
-            raise Failed(f"void: the loss of iteration {number} is {ours:.4f}, that of {REFEREE} {theirs:.4f}")
+            raise Failed(f"void: the loss of iteration {number} is {ours:.4f}, that of {referee.name} {theirs:.4f}")
 
 
 def measure_round(worker: Worker, row: Row) -> None:
@@ -175,7 +174,7 @@ def measure_round(worker: Worker, row: Row) -> None:
         row.seconds.append(answer["seconds"])
         row.peak_mb = answer["peak_mb"]
     except Failed as error:
-        row.fail(error)
+        row.error = str(error)
 
 
 def finish(rows: list[Row]) -> list[dict]:
@@ -204,23 +203,33 @@ def document(row: Row, best: Row | None) -> dict:
 
 # -- the table
 
+COLUMNS = ["model", "width", "engine", "ms/iteration", "tokens/s", "vs the best peer", "compile", "memory"]
+
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line for each engine and width, some columns for each model."""
-    models = [name for name in MODELS if any(row["model"] == name for row in rows)]
-    head = [f"{name}: {column}" for name in models for column in ("ms", "vs the best peer", "compile", "memory")]
-    lines = [f"| {' | '.join(['engine', 'width', *head])} |", f"|{'---|' * (2 + len(head))}"]
-    for engine in ENGINES:
-        for width in WIDTHS:
-            found = {row["model"]: row for row in rows if (row["name"], row["width"]) == (engine, width)}
-            if found:
-                cells = [cell for name in models for cell in cells_of(found.get(name))]
-                lines.append(f"| {' | '.join([engine, width, *cells])} |")
-    return "\n".join(lines) + "\n"
+    """Markdown: of each model and width the fastest first; what failed, last."""
+    models, widths = [*MODELS], [*WIDTHS]
+
+    def place(row):
+        return models.index(row["model"]), widths.index(row["width"]), row.get("ms_per_iteration", math.inf)
+
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, sorted(rows, key=place))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
 
 
-def cells_of(row: dict | None) -> list[str]:
-    if not row or row.get("error"):
-        return [row["error"] if row else "", "", "", ""]
-    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} x"
-    return [f"{row['ms_per_iteration']:,.0f}", ratio, f"{row['compile_s']:.1f} s", f"{row['peak_mb']:,} MB"]
+def cells(row: dict) -> list[str]:
+    name = f"**{row['name']}**" if row["ours"] else row["name"]
+    if not row["dropout"] and MODELS[row["model"]].dropout:
+        name += ", which has no dropout"
+    about = [row["model"], row["width"], name]
+    if "error" in row:
+        return [*about, row["error"], *[""] * 4]
+    rate, ratio = f"{row['tokens_per_s']:,.0f}", "" if row["ratio"] is None else f"{row['ratio']:.2f} ×"
+    return [
+        *about,
+        f"{row['ms_per_iteration']:,.1f}",
+        rate,
+        ratio,
+        f"{row['compile_s']:.1f} s",
+        f"{row['peak_mb']:,} MB",
+    ]

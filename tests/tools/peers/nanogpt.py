@@ -1,4 +1,4 @@
-"""nanoGPT's model and training step, eager or compiled: the code is its repository's, in the folder beside the task's."""
+"""nanoGPT's model and training step, eager or compiled: its repository is in the folder beside the task's."""
 
 import sys
 from dataclasses import dataclass
