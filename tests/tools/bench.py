@@ -289,7 +289,8 @@ def main(root: Path, argv: list[str] | None = None) -> int:
     print(f"\n{tables.write(args.to, document)}\nThe same as JSON, with a chart: {args.to}")
     failed = [row for row in [*document["rows"], *document["training"]] if row.get("error")]
     for row in failed:
-        print(f"{row['name']}, {row['model']}, {row.get('dtype', row.get('width', ''))}: {row['error']}")
+        model, dtype = tables.TITLES.get(row["model"], row["model"]), row.get("dtype", row.get("width", ""))
+        print(f"{row['name']}, {model}, {dtype}: {row['error']}")
     return int(bool(failed))
 
 
