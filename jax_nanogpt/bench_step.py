@@ -19,7 +19,7 @@ import jax
 import matplotlib
 
 from jax_nanogpt import model
-from jax_nanogpt.bench import interleave, shakespeare
+from jax_nanogpt.bench_gpu import interleave, shakespeare
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.dropout import Dropout
 from jax_nanogpt.files import write_file

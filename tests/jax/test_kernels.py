@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from jax_nanogpt import bench, bench_step, kernels
+from jax_nanogpt import bench_gpu, bench_step, kernels
 from jax_nanogpt.device import has_bfloat16
 from jax_nanogpt.kernels import dot_general, fused_attend
 from jax_nanogpt.model import GPT, GPTConfig, Kernels, attend, init_params
@@ -122,7 +122,7 @@ def test_the_ideas_are_programs_that_differ_and_the_table_shows_each_ones_time(c
     examples, texts, times = np.zeros((10, 1, 2, 17), np.int32), [], count(1)
     monkeypatch.setattr(bench_step, "ROUNDS", 1)
     monkeypatch.setattr(bench_step, "shakespeare", lambda: (Config(), MODEL, examples))
-    monkeypatch.setattr(bench, "seconds", lambda call: (call(), next(times) / 10)[1])
+    monkeypatch.setattr(bench_gpu, "seconds", lambda call: (call(), next(times) / 10)[1])
     monkeypatch.setattr(kernels, "has_bfloat16", lambda: True)
 
     def compile(lowered):
