@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("example.py", "bench.py", "bench_quant.py", "bench_report.py")
+SCRIPTS = ("example.py", "bench.py")
 
 
 def write_file(path, write):

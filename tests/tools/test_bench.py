@@ -84,7 +84,7 @@ def test_every_engine_is_measured_beside_the_peer(checkout, add_engine, run):
 
 def test_rounds_interleave_the_engines_after_a_cold_and_warm_starts(checkout, run):
     run()
-    calls = [line.split() for line in (checkout / "calls").read_text().splitlines()]
+    calls = [line.split() for line in (checkout / "calls").read_text(encoding="utf-8").splitlines()]
     starts = (1 + bench.WARM_STARTS) * [["16", "1"]]
     names = ["peer-referee", "alpha", "beta"]
     assert [call[2:] for call in calls if call[0] == "alpha"] == starts + 3 * [["16", "64"], ["128", "1"]]
@@ -126,7 +126,7 @@ def test_a_run_beside_other_work_is_refused(run, monkeypatch, capfd):
 def test_the_time_of_others_is_what_is_not_idle(tmp_path, monkeypatch):
     times = iter(["cpu 10 0 10 100 0 0 0 0 0 0\n", "cpu 20 0 20 170 10 0 0 0 0 0\n"])
     monkeypatch.setattr(machine, "CPU_TIMES", tmp_path / "stat")
-    monkeypatch.setattr(machine.time, "sleep", lambda _: (tmp_path / "stat").write_text(next(times)))
+    monkeypatch.setattr(machine.time, "sleep", lambda _: (tmp_path / "stat").write_text(next(times), encoding="utf-8"))
     machine.time.sleep(0)
     assert machine.share_used() == pytest.approx(0.2)
 
