@@ -5,6 +5,7 @@ torch is imported by load alone: a model that is exported already starts without
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
