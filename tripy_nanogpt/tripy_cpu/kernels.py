@@ -58,7 +58,7 @@ def reduce(fn):
 
 def layer_norm(op, x, weight, bias):
     shape = x.shape[x.ndim - len(op["normalized_shape"]) :]
-    return F.layer_norm(x, shape, weight.reshape(shape), bias.reshape(shape), op["eps"])
+    return torch.layer_norm(x, shape, weight.reshape(shape), bias.reshape(shape), op["eps"])
 
 
 def along(values, dim, rank):

@@ -169,7 +169,7 @@ def write_weights(folder, large):
         places[key] = dtype, shape, offset
         offset += -(-math.prod(shape) * getattr(torch, dtype).itemsize // ALIGNMENT) * ALIGNMENT
     path = folder / f"{hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]}.weights"
-    if large and not path.exists():
+    if large and not (path.exists() and path.stat().st_size == offset):
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             with part.open("wb") as file:
@@ -308,13 +308,13 @@ def specialize(node, ranks, constants, shapes, caches):
         constants |= {name: dense(constants[name]) for name in node.inputs if name in constants}
     lists, known = SHAPES.get(node.op, ()), []
     for p, (name, value) in enumerate(zip(node.inputs, values, strict=True)):
-        known.append(value if p in lists or value is None else zeros(value.shape, getattr(value, "dtype", None)))
-        if value is None:
-            known[p] = None if p in lists else shapes.get(name)
+        view = getattr(value, "meta", value)
+        like = shapes.get(name) if value is None else zeros(view.shape, view.dtype)
+        known.append(value if p in lists else like)
     if any(each is None for each in known):
         return [node]
     if weight:
-        results = [zeros((*known[0].shape[:-1], values[1].shape[-1]), known[0].dtype)]
+        results = [zeros((*known[0].shape[:-1], known[1].shape[-1]), known[0].dtype)]
     else:
         if "Div" in node.op:
             known[1] = known[1] + 1

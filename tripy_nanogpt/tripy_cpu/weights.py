@@ -258,8 +258,8 @@ class Folded:
 
     def __init__(self, kind, q, scale):
         self.kind, self.tensors = kind, [q, scale]
-        self.shape = (q.shape[0], q.shape[1] * (1 if kind == "Int8" else 2))
-        self.meta = torch.empty(self.shape, dtype=scale.dtype, device="meta")  # its shape and strides
+        self.width = q.shape[1] * (1 if kind == "Int8" else 2)
+        self.meta = torch.empty(len(q), self.width, dtype=scale.dtype, device="meta")  # its shape and strides
 
     @classmethod
     def of(cls, op, q, scale):
@@ -278,7 +278,7 @@ class Folded:
         return view if storage(meta) == storage(self.meta) else None
 
     def is_multiplied_by(self, matrix):
-        return matrix.stride() == ((1, self.shape[1]) if self.kind == "Int8" else (self.shape[1], 1))
+        return matrix.stride() == ((1, self.width) if self.kind == "Int8" else (self.width, 1))
 
     def dense(self):
         q, scale = self.tensors
