@@ -117,8 +117,8 @@ class Engine:
             return None
         try:
             return tp.Executable.load(str(path))
-        except tp.TripyException as error:  # the file of its weights is missing
-            print(f"{str(error).splitlines()[0]}: recompiled", file=sys.stderr)
+        except tp.TripyException:
+            print(f"{path} lacks its weights: recompiled", file=sys.stderr)
             return None
 
 

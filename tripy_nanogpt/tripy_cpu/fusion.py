@@ -5,6 +5,7 @@ number a constant of one element. What is then without a use is removed. Float32
 operation.
 """
 
+import json
 import math
 
 import torch
@@ -24,7 +25,7 @@ LINEAR = ("binary.Add", ("matmul.MatrixMultiply", "x", "weight"), "bias")
 class Fusion:
     def __init__(self, nodes, constants, outputs):
         """outputs: names. constants gets the vectors that fused nodes read."""
-        self.constants, self.outputs, self.made = constants, outputs, set()
+        self.constants, self.outputs = constants, outputs
         self.producers = {name: node for node in nodes for name in node.outputs}
 
     def match(self, name, pattern, found):
@@ -71,15 +72,15 @@ class Fusion:
         found = {}
         if not self.match(node.outputs[0], ATTENTION, found) or (scale := self.number(found["scale"])) is None:
             return []
-        extent, before = f"extent of {found['visible']}", []
-        if extent not in self.made:  # one for all layers
-            self.made.add(extent)
-            before = [Node("fused.Extent", {}, [found["visible"]], [extent])]
+        extent = f"extent of {found['visible']}"
+        before = [Node("fused.Extent", {}, [found["visible"]], [extent])] if extent not in self.producers else []
         names = [*(found[name] for name in ("q", "k", "v", "visible")), extent]
         return [*before, Node("fused.Attention", {"scale": scale}, names, node.outputs)]
 
 
 def fuse(nodes, constants, outputs, dtypes):
+    """The nodes that are left; outputs: names, dtypes: of each tensor by name."""
+    nodes = merge_equal(nodes, constants, outputs)
     fusion, fused = Fusion(nodes, constants, outputs), []
     for node in nodes:
         new = []
@@ -89,6 +90,22 @@ def fuse(nodes, constants, outputs, dtypes):
             fused.append(each)
             fusion.producers.update(dict.fromkeys(each.outputs, each))
     return remove_unused(fused, outputs)
+
+
+def merge_equal(nodes, constants, outputs):
+    """Without nodes that compute what an earlier one does: each layer computes the same shapes and masks."""
+    names, first, kept = {}, {}, []
+    for name, value in constants.items():
+        if isinstance(value, torch.Tensor) and value.numel() <= 16:
+            names[name] = first.setdefault((value.dtype, value.shape, *value.flatten().tolist()), name)
+    for node in nodes:
+        node = node._replace(inputs=[names.get(name, name) for name in node.inputs])
+        equal = first.setdefault((node.op, json.dumps(node.attrs), *node.inputs), node)
+        if equal is node or "written" in node.attrs or outputs.intersection(node.outputs):
+            kept.append(node)
+        else:
+            names |= zip(node.outputs, equal.outputs, strict=True)
+    return kept
 
 
 def remove_unused(nodes, outputs):

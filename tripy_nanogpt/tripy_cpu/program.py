@@ -327,7 +327,5 @@ def specialize(node, ranks, constants, shapes, caches):
         if alike and len(dims) == 1 and new.shape[dims[0]] == 1:  # new is written to some slots of old
             slots = Node("fused.Slots", {}, node.inputs[:1], [f"slots of {node.inputs[0]}"])
             node.attrs["written"], node.inputs[0] = dims[0], slots.outputs[0]
-            before = [] if slots.outputs[0] in shapes else [slots]  # one for all caches
-            shapes[slots.outputs[0]] = slots
-            return [*before, node]
+            return [slots, node]
     return [node]
