@@ -50,17 +50,15 @@ def describe(engine):
 
 def step_bytes(engine):
     """What a decode step reads of the weights: of the position embeddings, one row."""
-    config, size = engine.config, engine.config.dtype.itemsize
-    linear = 12 * config.n_layer * config.n_embd**2
-    rest = count_params(config) - config.block_size * config.n_embd - linear
-    mode = config.quant_mode or ""
-    if mode.startswith("int8"):  # and a scale for each output
-        return rest * size + linear + 9 * config.n_layer * config.n_embd * size
-    if mode.startswith("int4"):  # and a scale for each block
-        return rest * size + linear // 2 + linear // int4_block(config) * size
-    if mode == "float8" and not engine.describe().startswith("cpu"):  # a CPU holds it in float32
-        return rest * size + linear - config.vocab_size * config.n_embd * (size - 1)
-    return (rest + linear) * size
+    config, size, words = engine.config, engine.config.dtype.itemsize, engine.describe()
+    linear, head = 12 * config.n_layer * config.n_embd**2, config.vocab_size * config.n_embd
+    rest = count_params(config) - config.block_size * config.n_embd - linear - head
+    mode, fast = config.quant_mode or "", words.endswith("float16")
+    if not mode or words.startswith("cpu") and not fast:  # a CPU holds other weights in float32
+        return (linear + head + rest) * size
+    each = 1 if mode in ("float8", "int8-weight-only") else 1 / 2 + size / int4_block(config)  # with int4's scales
+    head *= 2 if fast else 1 if mode == "float8" else size
+    return int(linear * each) + head + rest * size
 
 
 def greedy(engine, ids, count):

@@ -58,7 +58,7 @@ def windows(nano):
     tokenizer = load_tokenizer(nano)
     names = json.loads((nano / "heldout.json").read_text(encoding="utf-8"))["pydoc_data.topics"]["topics"]
     texts = [[tokenizer.eot, *tokenizer.encode(topics[name])] for name in names if name in topics]
-    return [ids[:257] for ids in texts][::4]
+    return [ids[:257] for ids in texts][::8]
 
 
 def perplexity(logits_of, windows):
