@@ -17,16 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
-import onnx
 
 from qaic_gpt2 import backend
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
-from qaic_gpt2.compiler import PROGRAM
-from qaic_gpt2.example import dashed
+from qaic_gpt2.example import BITS, dashed
+from qaic_gpt2.files import PROGRAM
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 
-DTYPES = {"float32": "float32", "float16": "float16", "int8": "int8"}  # what --dtype takes: the width of the weights
+DTYPES = {dtype: dtype for dtype in ("float32", "float16", "int8", "int4")}  # what --dtype takes, and its width
 PROMPT = 16
 
 
@@ -36,7 +35,8 @@ def load(folder, dtype, device="auto"):
     model = QEFFAutoModelForCausalLM.from_pretrained(folder, dtype="float16" if dtype == "float16" else "float32")
     chunk = min(128, model.config.block_size)
     with contextlib.redirect_stdout(io.StringIO()):
-        model.compile(ctx_len=model.config.block_size, prefill_seq_len=chunk, int8_matmul=dtype == "int8")
+        options = {f"{dtype}_matmul": True} if dtype in BITS else {}
+        model.compile(ctx_len=model.config.block_size, prefill_seq_len=chunk, **options)
     return model if model.session else None  # which is loaded now
 
 
@@ -45,10 +45,13 @@ def describe(engine):
 
 
 def step_bytes(engine):
-    """What a decode step reads of the weights: of the position embeddings, one row."""
-    tensors = onnx.load(engine.qpc_path / PROGRAM, load_external_data=False).graph.initializer
-    lengths = [int(entry.value) for tensor in tensors for entry in tensor.external_data if entry.key == "length"]
-    return sum(lengths) - engine.config.block_size * engine.config.n_embd * (2 if engine.dtype == "float16" else 4)
+    """What a decode step reads of the weights: of the embeddings, only rows."""
+    import onnx  # a part of a second, which generating does not need
+
+    graph = onnx.load(engine.qpc_path / PROGRAM, load_external_data=False).graph
+    products = {name for node in graph.node if "Gather" not in node.op_type for name in node.input}
+    read = [entry for tensor in graph.initializer if tensor.name in products for entry in tensor.external_data]
+    return sum(int(entry.value) for entry in read if entry.key == "length")
 
 
 def greedy(engine, ids, count):

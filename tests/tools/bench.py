@@ -26,7 +26,7 @@ from shared.tokenizer import load_tokenizer
 from tests.conventions.rules import ROOT, env_of, projects
 from tests.tools import machine, tables, training
 from tests.tools.examples import Failed, make_environment
-from tests.tools.process import Worker, environment, last_line
+from tests.tools.process import Worker, environment, error_line, last_line
 from tests.tools.random_model import write_random
 
 NANO = ROOT / "checkpoints" / "gpt2-nano"
@@ -64,7 +64,7 @@ def run_python(root: Path, home: Path, python: Path, code: str, *words) -> str:
     command = [python, "-c", code, *words]
     run = subprocess.run(command, cwd=home, env=environment(root, home), capture_output=True, encoding="utf-8")
     if run.returncode:
-        raise Failed(f"FAILED: {last_line(run.stderr.splitlines())}")
+        raise Failed(f"FAILED: {error_line(run.stderr.splitlines())}")
     return run.stdout
 
 
@@ -289,8 +289,8 @@ def main(root: Path, argv: list[str] | None = None) -> int:
     print(f"\n{tables.write(args.to, document)}\nThe same as JSON, with a chart: {args.to}")
     failed = [row for row in [*document["rows"], *document["training"]] if row.get("error")]
     for row in failed:
-        model, dtype = tables.TITLES.get(row["model"], row["model"]), row.get("dtype", row.get("width", ""))
-        print(f"{row['name']}, {model}, {dtype}: {row['error']}")
+        about = row["name"], tables.TITLES.get(row["model"], row["model"]), row.get("dtype") or row.get("width")
+        print(f"{', '.join(filter(None, about))}: {row['error']}")
     return int(bool(failed))
 
 

@@ -21,7 +21,7 @@ NAMES = {
     "ctranslate2": "CTranslate2",
     "llama": "llama.cpp",
     "onnxruntime": "onnxruntime, fused operators",
-    "openvino": "OpenVINO GenAI",
+    "openvino": "OpenVINO",
 }
 COLUMNS = ["decode, tokens/s", "of the bandwidth", "prefill, tokens/s", "cold start", "warm start", "memory"]
 COLUMNS += ["perplexity"]
