@@ -82,7 +82,7 @@ def test_without_the_referee_the_others_are_compared_with_each_other(add_peer, m
 
 
 def test_an_engine_that_fails_in_a_round_takes_nobody_with_it(add_peer, measure, checkout):
-    seen = f"pathlib.Path({str(checkout / 'calls')!r}).read_text().count('llm')"
+    seen = f"open({str(checkout / 'calls')!r}).read().count('llm')"
     add_peer("llm", losses=f"[4.0] * iterations if {seen} < 2 else 1 / 0")
     rows = measure()
     assert rows["llm.c", "float32"]["error"].endswith("ZeroDivisionError: division by zero")
@@ -112,6 +112,7 @@ def test_a_peer_is_cloned_at_its_commit(tmp_path, monkeypatch):
     commit = git("rev-parse", "HEAD")
     git("commit", "--quiet", "--allow-empty", "-m", "second")
     monkeypatch.setattr(training, "SOURCES", {"llm.c": ("/nowhere", commit)})
+    monkeypatch.delenv("LLM_C", raising=False)
     with pytest.raises(Failed, match=f"/nowhere cannot be cloned at {commit:.7}: .*"):
         training.clone("llm.c", tmp_path / "none")
     monkeypatch.setenv("LLM_C", str(tmp_path / "origin"))
