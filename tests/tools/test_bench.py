@@ -74,7 +74,7 @@ def test_every_engine_is_measured_beside_the_peer(checkout, add_engine, run):
     ]
     for (name, _), row in rows.items():
         assert row["ours"] == (name != "referee") and row["decode"]["tokens_per_s"] > 0 and row["prefill"]
-        assert row["perplexity"] == 8.0  # eight tokens that are equally likely
+        assert row.get("perplexity") == (None if name == "referee" else 8.0)  # eight tokens that are equally likely
     assert rows["referee", "float32"]["decode"]["ratio"] == 1.0
     assert rows["alpha_gpt", "int8-fast"]["decode"]["ratio"] is None  # no peer has this width
     text = (checkout / "results" / "bench.md").read_text(encoding="utf-8")
@@ -106,6 +106,12 @@ def test_an_engine_that_fails_is_named_and_the_others_are_measured(add_engine, r
     status, out, rows = run()
     assert status == 1 and rows["alpha_gpt", "float32"]["error"] == "FAILED with exit status 1: no such kernel"
     assert "decode" in rows["beta_gpt", "float32"] and "perplexity" not in rows["beta_gpt", "float32"]
+
+
+def test_without_the_referee_float32_is_void(add_engine, run):
+    add_engine(Path("tests/tools/peers/referee.py"), load='sys.exit("no such kernel")')
+    status, _, rows = run()
+    assert status == 1 and rows["alpha_gpt", "float32"]["error"].startswith("void: there are no tokens of referee")
 
 
 def test_an_environment_that_cannot_be_made_is_named(add_file, run):
