@@ -8,7 +8,7 @@ import numpy as np
 from tests.tools.peers import gpt2
 
 # on a CPU it has no bfloat16 and no float16
-WIDTHS = {"float32": "float32", "int8": "int8"}
+DTYPES = {"float32": "float32", "int8": "int8"}
 
 
 def fill(spec, weights: dict[str, np.ndarray], config: gpt2.Config) -> None:
@@ -37,7 +37,7 @@ def fill(spec, weights: dict[str, np.ndarray], config: gpt2.Config) -> None:
 def convert(folder: Path, to: Path) -> None:
     config, weights = gpt2.read_config(folder), gpt2.read_weights(folder)
     gpt2.keep_config(folder, to)
-    for dtype in WIDTHS:
+    for dtype in DTYPES:
         spec = ctranslate2.specs.TransformerDecoderModelSpec.from_config(
             config.n_layer, config.n_head, pre_norm=True, activation=ctranslate2.specs.Activation.GELUTanh
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.tools.peers import gpt2
 
-WIDTHS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "int8": "int8", "int4": "int4"}
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "int8": "int8", "int4": "int4"}
 # what llama.cpp's own tool, llama-quantize, makes from the float32 file
 TYPES = {
     "bfloat16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from tests.tools.peers import gpt2
 
-WIDTHS = {"float32": "float32", "int8": "int8", "int4": "int4"}
+DTYPES = {"float32": "float32", "int8": "int8", "int4": "int4"}
 # bits and block size; with accuracy level 4 the activations are int8 too
 QUANTIZED = {"int8": (8, 128), "int4": (4, 32)}
 greedy, score = gpt2.greedy, gpt2.score
@@ -110,7 +110,7 @@ def write(graph: Graph, config: gpt2.Config, folder: Path) -> None:
 def convert(folder: Path, to: Path) -> None:
     config, weights = gpt2.read_config(folder), gpt2.read_weights(folder)
     gpt2.keep_config(folder, to)
-    for dtype in WIDTHS:
+    for dtype in DTYPES:
         graph = Graph(weights, dtype)
         graph.gpt(config)
         write(graph, config, to / dtype)

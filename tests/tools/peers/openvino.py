@@ -13,7 +13,7 @@ from openvino.op.util import Variable, VariableInfo
 
 from tests.tools.peers import gpt2
 
-WIDTHS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int4"}
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int4"}
 BLOCK = 64  # of int4; NNCF keeps embeddings and head in int8
 greedy, score = gpt2.greedy, gpt2.score
 

@@ -12,7 +12,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 
 from tests.tools.peers import gpt2
 
-WIDTHS = {
+DTYPES = {
     "float32": "float32",
     "bfloat16": "bfloat16",
     "float16": "float16",
@@ -25,7 +25,7 @@ greedy, score = gpt2.greedy, gpt2.score
 
 class Engine:
     def __init__(self, folder: Path, dtype: str):
-        self.config, self.width = gpt2.read_config(folder), WIDTHS[dtype]
+        self.config, self.width = gpt2.read_config(folder), DTYPES[dtype]
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.width)).eval()
         self.model, self.compiled, self.caches = model, dtype.startswith("compiled"), {}
 
