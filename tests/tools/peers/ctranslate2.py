@@ -45,6 +45,7 @@ def convert(folder: Path, to: Path) -> None:
         words = [str(i) for i in range(config.vocab_size)]
         spec.register_vocabulary(words)
         spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = words[-1]
+        spec.config.layer_norm_epsilon = config.epsilon
         spec.validate()
         spec.optimize(None if dtype == "float32" else dtype)
         (to / dtype).mkdir(exist_ok=True)

@@ -57,6 +57,20 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in found.items() if not name.endswith(unused)}
 
 
+def quantize(weight: np.ndarray, bits: int, block: int, scale_dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Signed codes [N, K / block, block] of weight [N, K], and their scales [N, K / block, 1]."""
+    most = 2 ** (bits - 1)
+    blocks = weight.reshape(len(weight), -1, block)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2, keepdims=True), axis=2)
+    scales = np.where(largest == 0, 1, largest / -most).astype(scale_dtype)  # the largest gets the code -most
+    return np.clip(np.rint(blocks / scales.astype(np.float32)), -most, most - 1).astype(np.int8), scales
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """Codes of 4 bits, two a byte: the first in the low half."""
+    return np.ascontiguousarray(codes[..., 0::2] & 15 | codes[..., 1::2] << 4, np.uint8)
+
+
 def keep_config(folder: Path, to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "config.json", to / "config.json")

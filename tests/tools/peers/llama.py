@@ -96,8 +96,8 @@ class Engine:
         llama_cpp.llama_memory_clear(self.memory, False)
 
     def step(self, tokens: list[int]) -> np.ndarray:
-        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
-        if llama_cpp.llama_decode(self.context, batch):
+        array = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch points to it
+        if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(tokens))):
             raise RuntimeError("llama_decode failed")
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
         return np.ctypeslib.as_array(logits, (self.config.vocab_size,))

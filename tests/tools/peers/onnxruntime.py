@@ -17,18 +17,6 @@ QUANTIZED = {"int8": (8, 128), "int4": (4, 32)}
 greedy, score = gpt2.greedy, gpt2.score
 
 
-def quantize(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """MatMulNBits's unsigned blocks [N, K / block, bytes] of weight [N, K], and their scales [N, K / block]."""
-    middle = 1 << (bits - 1)
-    blocks = weight.reshape(len(weight), -1, block)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2, keepdims=True), axis=2)
-    scales = np.where(largest == 0, 1, largest / -middle)
-    codes = np.clip(np.rint(blocks / scales) + middle, 0, 2 * middle - 1).astype(np.uint8)
-    if bits == 4:
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return codes, scales[..., 0].astype(np.float32)
-
-
 class Graph:
     """The nodes and weights of one GPT-2."""
 
@@ -55,8 +43,10 @@ class Graph:
         (inner, outer), (bits, block) = weight.shape, self.quantized
         while inner % block:  # a width that is no multiple of 128
             block //= 2
-        codes, scales = quantize(weight.T, bits, block)
-        inputs = [x, self.const(f"{name}.codes", codes), self.const(f"{name}.scales", scales)]
+        codes, scales = gpt2.quantize(weight.T, bits, block)
+        codes = (codes + np.int16(2 ** (bits - 1))).astype(np.uint8)  # MatMulNBits's are unsigned
+        codes = gpt2.pack(codes) if bits == 4 else codes
+        inputs = [x, self.const(f"{name}.codes", codes), self.const(f"{name}.scales", scales[..., 0])]
         how = {"K": inner, "N": outer, "bits": bits, "block_size": block, "accuracy_level": 4}
         return self.node("MatMulNBits", inputs, [f"{name}.product"], **how)
 

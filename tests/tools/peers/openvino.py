@@ -18,15 +18,6 @@ BLOCK = 64  # of int4; NNCF keeps embeddings and head in int8
 greedy, score = gpt2.greedy, gpt2.score
 
 
-def quantize(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric codes [N, K / block, block] of weight [N, K], and their scales [N, K / block, 1]."""
-    most = 2 ** (bits - 1)
-    blocks = weight.reshape(len(weight), -1, block)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2, keepdims=True), axis=2)
-    scales = np.where(largest == 0, 1, largest / -most).astype(np.float16)
-    return np.clip(np.rint(blocks / scales.astype(np.float32)), -most, most - 1).astype(np.int8), scales
-
-
 class Graph:
     """Parameters, variables and weights of one GPT-2."""
 
@@ -46,10 +37,13 @@ class Graph:
         if bits is None:
             return ops.constant(np.ascontiguousarray(weight))
         inner = weight.shape[1]
-        codes, scales = quantize(weight, bits, inner if bits == 8 else min(BLOCK, inner))
+        codes, scales = gpt2.quantize(weight, bits, inner if bits == 8 else min(BLOCK, inner), np.float16)
         if bits == 8:
             codes, scales = codes[:, 0], scales[:, 0]
-        packed = ops.constant(codes, ov.Type.i8) if bits == 8 else int4(codes)
+        packed = ops.constant(codes)
+        if bits == 4:
+            tensor = ov.Tensor(gpt2.pack(codes), ov.Shape(codes.shape), ov.Type.i4)
+            packed = ops.constant(tensor, shared_memory=False)
         product = ops.multiply(ops.convert(packed, np.float16), ops.constant(scales))
         if bits == 4:
             product = ops.reshape(product, ops.constant(np.array(weight.shape)), False)
@@ -117,13 +111,6 @@ class Graph:
             port.tensor.set_names({name})
         model.output(0).tensor.set_names({"logits"})
         return model
-
-
-def int4(codes: np.ndarray):
-    """A constant of i4: two codes a byte, the first in the low half."""
-    packed = (codes[..., 0::2] & 15 | codes[..., 1::2] << 4).astype(np.uint8)
-    tensor = ov.Tensor(packed, ov.Shape(codes.shape), ov.Type.i4)
-    return ops.constant(tensor, shared_memory=False)
 
 
 def convert(folder: Path, to: Path) -> None:
