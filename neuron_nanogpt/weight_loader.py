@@ -119,13 +119,13 @@ def check_tensor(name, tensor, shape):
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in FLOATS:
         raise ValueError(f"{name} must be floating-point, got {dtype}")
-    if not isfinite(tensor).all():
+    if not all_finite(tensor):
         raise ValueError(f"{name} holds NaN or infinity")
 
 
-def isfinite(tensor):
-    """The answer for the smallest and the largest number, which needs no copy; both are NaN if any number is."""
-    return torch.isfinite(torch.stack(tensor.aminmax())) if tensor.numel() else torch.tensor(True)
+def all_finite(tensor):
+    """By the smallest and the largest: torch.isfinite makes copies, and takes ten times as long."""
+    return all(map(torch.isfinite, torch.aminmax(tensor)))
 
 
 def read_alone(file, name):
