@@ -1,269 +1,119 @@
-"""Speed: training and sampling of the Shakespeare model, decoding and prefill of a GPT-2.
+"""Tokens/s of prefill and of decoding, the time to the first token, and the memory that it took.
 
-    python bench.py [--model NAME | --random NAME] [--new-tokens N]
+    python bench.py [--model NAME] [--dtype float32] [--new-tokens N]
 
-Each figure is measured interleaved with a peer's: PyTorch in nanoGPT's style, and transformers. Without those packages
-there are no peers. Each row also has the seconds to compile, without and with the compilation cache, and the process's
-peak memory. The last line of output is one JSON document.
+`make bench` measures this engine beside others. The last line of output is one JSON document.
 """
 
 import argparse
 import json
-import os
 import resource
 import signal
+import statistics
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
-from jax_nanogpt import weight_loader
-from jax_nanogpt.configurator import configure
-from jax_nanogpt.device import choose_devices, describe
-from jax_nanogpt.kernels import choose_kernels
-from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
-from jax_nanogpt.optimizer import make_optimizer
-from jax_nanogpt.sampler import Sampling, generate
-from jax_nanogpt.train import Config, train_iterations
+from jax_nanogpt import sampler
+from jax_nanogpt.model import count_params
+from jax_nanogpt.sample import dashed
 from shared.tokenizer import find_model
 
-HERE = Path(__file__).resolve().parent
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}  # what --dtype takes, and the width of the weights
+PROMPT = 16
 
-SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+
+def load(folder, dtype, device="auto"):
+    return sampler.load(folder, dtype, device)
 
 
-def seconds(call):
+def describe(engine):
+    return engine.describe()
+
+
+def step_bytes(engine):
+    """What a decode step reads of the weights: of the position embeddings, one row."""
+    params = count_params(engine.config) - engine.config.block_size * engine.config.n_embd
+    return params * (4 if engine.config.dtype == "float32" else 2)
+
+
+def greedy(engine, ids, count):
+    """The greedy continuation of ids, count tokens, by the compiled loop that sample.py runs."""
+    chunks = sampler.generate(engine.model, engine.params, ids, count, sampling=sampler.Sampling(temperature=0))
+    return np.concatenate([tokens[0] for tokens, _ in chunks]).tolist()
+
+
+def score(engine, ids):
+    """The logits after each of ids [T, V], token by token, with the cache."""
+    return np.concatenate([engine.prefill([ids[:1]]), *(engine.decode(np.array([token])) for token in ids[1:])])
+
+
+# -- from here on, the same in each project
+
+
+def seconds(call, *args):
     start = time.perf_counter()
-    call()
+    call(*args)
     return time.perf_counter() - start
 
 
-def interleave(calls, rounds=5):
-    """The median time of each call, and the median of its ratio to the first call's time in the same round."""
-    times = np.array([[seconds(call) for call in calls] for _ in range(rounds)])
-    return np.median(times, axis=0).tolist(), np.median(times / times[:, :1], axis=0).tolist()
+def measure(engine, new_tokens, rounds):
+    """Tokens/s of decoding after a short prompt, and of prefill of half a context: medians."""
+    config = engine.config
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=config.block_size // 2).tolist()
+    works = {"decode": (ids[:PROMPT], new_tokens), "prefill": (ids, 1)}
+    figures = {}
+    for work, (prompt, count) in works.items():
+        compile_s = seconds(greedy, engine, prompt, count)
+        took_s = statistics.median(seconds(greedy, engine, prompt, count) for _ in range(rounds))
+        rate = (count if count > 1 else len(prompt)) / took_s
+        figures[work] = {"prompt_tokens": len(prompt), "new_tokens": count, "tokens_per_s": round(rate, 1)}
+        print(f"{work:8} {rate:9,.1f} tokens/s: {len(prompt)} + {count} tokens, the first time {compile_s:.1f} s")
+    return figures
 
 
-def bandwidth():
-    """Bytes/s that all cores read together: the best of ten passes over 256 MB of float32. NumPy's max waits for the
-    memory; its sum does too much arithmetic and measures a quarter less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = np.array_split(np.ones(2**26, np.float32), cores)
-    with ThreadPoolExecutor(cores) as pool:
-        return 2**28 / min(seconds(lambda: list(pool.map(np.max, parts))) for _ in range(10))
-
-
-def step_bytes(config, batch, positions):
-    """What a decoding step reads from memory, in float32: all weights once, whatever the batch, but of the position
-    embeddings one row a text; and each text's keys and values at so many positions."""
-    weights = count_params(config) - config.block_size * config.n_embd
-    return 4 * (weights + batch * positions * 2 * config.n_layer * config.n_embd)
-
-
-def peak_mb(call):
-    """The process's peak memory: during the call on Linux, elsewhere since the process began."""
-    counters = Path("/proc/self/clear_refs")
-    if counters.exists():
-        counters.write_text("5", encoding="utf-8")  # resets the peak
-    call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def make_text(*args, **settings):
-    return list(generate(*args, **settings))
-
-
-class Report:
-    def __init__(self, device):
-        self.device, self.bandwidth, self.results = device, bandwidth(), []
-        self.on_cpu = device.platform == "cpu"  # else the peers and this bandwidth would be another machine's
-        print(f"{describe([device])}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
-
-    def add(self, row, ours, peers=(), peer_batch=None, read=0):
-        """Measures calls, prints a line, keeps the row and returns it.
-
-        row      work, model, dtype, batch, prompt_tokens and new_tokens of each text; with 1 new token the call is a
-                 prefill, and the prompt's tokens count
-        peers    [(suffix of the JSON's keys, name, call)], whose calls generate for peer_batch texts
-        read     bytes that one step must read from memory
-        """
-        batch, tokens = row["batch"], row["prompt_tokens"] if row["new_tokens"] == 1 else row["new_tokens"]
-        cold_s = seconds(ours)
-        jax.clear_caches()
-        peak = peak_mb(ours)
-        jax.clear_caches()
-        warm_s = seconds(ours)  # traced again, and loaded from the compilation cache
-        for *_, call in peers:
-            call()
-        (time_s, *peer_times), (_, *ratios) = interleave([ours, *(call for *_, call in peers)])
-        row |= {
-            "device": self.device.platform,
-            "engine": f"jax {jax.__version__}",
-            "compile_s": round(max(0, cold_s - time_s), 2),
-            "compile_cached_s": round(max(0, warm_s - time_s), 2),
-            "ttft_ms": round(time_s * 1e3, 2) if row["new_tokens"] == 1 else None,
-            "tokens_per_s": round(batch * tokens / time_s, 1),
-            "peer": None,
-            "ratio": None,
-            "mbu": round(read * tokens / time_s / self.bandwidth, 3) if read and self.on_cpu else None,
-            "peak_rss_mb": peak,
-        }
-        line = "{work:16} {model:12} {dtype:8} batch {batch:2} {tokens_per_s:10,.0f} tokens/s".format(**row)
-        peer_batch = peer_batch or batch
-        for (suffix, name, _), peer_s, ratio in zip(peers, peer_times, ratios, strict=True):
-            rate, ratio = peer_batch * tokens / peer_s, ratio * batch / peer_batch
-            row |= {f"peer{suffix}": {"name": name, "tokens_per_s": round(rate, 1)}, f"ratio{suffix}": round(ratio, 3)}
-            line += f", {ratio:6.2f} x {name} ({rate:,.0f})"
-        self.results.append(row)
-        print(line, flush=True)
-        return row
-
-
-def about(work, model, config, batch, prompt, new):
-    sizes = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}
-    return {"work": work, "model": model, "dtype": config.dtype} | sizes
-
-
-def trainer(settings, model, examples):
-    """A call that trains one iteration on each of examples [I, A, B, T + 1]."""
-    optimizer, params = make_optimizer(settings), init_params(model.config, jax.random.key(0))
-    state, examples = [params, optimizer.init(params)], jax.device_put(examples)
-
-    def train():
-        *state[:], losses = train_iterations(model, optimizer, *state, examples, 0, len(examples), jax.random.key(0))
-        losses.block_until_ready()
-
-    return train
-
-
-def shakespeare():
-    """config/train_shakespeare_char.py: the settings, the model, and the examples of one call."""
-    settings = configure(Config(), ["config/train_shakespeare_char.py"], HERE)
-    shape = {key: getattr(settings, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
-    size = settings.iters_per_call, 1, settings.batch_size, settings.block_size + 1
-    return settings, GPTConfig(vocab_size=65, **shape), np.random.default_rng(0).integers(65, size=size, dtype=np.int32)
-
-
-def torch_peer(report):
-    """bench_peer.py, if it can run here."""
-    if not (report.on_cpu and find_spec("torch")):
-        return None
-    from jax_nanogpt import bench_peer
-
-    return bench_peer
-
-
-def bench_training(report):
-    settings, config, examples = shakespeare()
-    count, _, batch, _ = examples.shape
-    half, peers = replace(config, dtype="bfloat16"), []
-    if torch := torch_peer(report):
-        params = init_params(config, jax.random.key(0))
-        peers = [
-            ("", "torch float32", torch.trainer(config, params, examples)),
-            ("_autocast", "torch bfloat16 autocast", torch.trainer(half, params, examples)),
-        ]
-    for c, work in (config, "train"), (half, "train_bfloat16"):
-        model = GPT(c, choose_kernels(report.device, c.dtype))
-        row = about(work, "shakespeare", c, batch, None, count * c.block_size)
-        row = report.add(row, trainer(settings, model, examples), peers)
-        ms = 1e3 * batch * c.block_size / row["tokens_per_s"]
-        tflops = flops_per_token(c) * row["tokens_per_s"] / 1e12
-        row |= {"ms_per_iteration": round(ms, 1), "tflops": round(tflops, 3)}
-
-
-def bench_sampling(report):
-    _, config, _ = shakespeare()
-    model, params = GPT(config, choose_kernels(report.device, config.dtype)), init_params(config, jax.random.key(0))
-    torch, edge = torch_peer(report), config.block_size
-    works = ("sample", 1, 1, edge - 1), ("sample_batch10", 10, 1, edge - 1), ("sample_past_edge", 1, edge, 64)
-    for work, samples, length, new in works:
-        prompt = [0] * length
-        peers = [("", "torch, no cache", torch.sampler(config, params, prompt, new))] if torch else []
-        row = about(work, "shakespeare", config, samples, length, new)
-        report.add(row, partial(make_text, model, params, prompt, new, samples), peers, peer_batch=1)
-
-
-def transformers_peer(folder):
-    """Greedy generation by transformers: a function of the prompt and the number of new tokens."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def generate(ids, count):
-        given = torch.tensor([ids])
-        length = {"max_new_tokens": count, "min_new_tokens": count}
-        return reference.generate(given, attention_mask=torch.ones_like(given), do_sample=False, **length)
-
-    return generate
-
-
-def bench_gpt2(report, name, folder, config, params, new):
-    """Prefill, and greedy decoding with a cache."""
-    prompt = np.random.default_rng(0).integers(config.vocab_size, size=config.block_size // 2).tolist()
-    model, greedy = GPT(config, choose_kernels(report.device, config.dtype)), Sampling(temperature=0)
-    with_peer = report.on_cpu and find_spec("torch") and find_spec("transformers")
-    peer = transformers_peer(folder) if with_peer else None
-    for work, ids, count in ("prefill", prompt, 1), ("decode", (2 * prompt)[:16], new):
-        peers = [("", "transformers", partial(peer, ids, count))] if peer else []
-        read = step_bytes(config, 1, len(ids) + count / 2) if count > 1 else 0
-        row = about(work, name, config, 1, len(ids), count)
-        row = report.add(row, partial(make_text, model, params, ids, count, sampling=greedy), peers, read=read)
-    first_token = partial(make_text, model, params, ids, 1, sampling=greedy)
-    first_token()
-    (time_s,), _ = interleave([first_token])
-    row["ttft_ms"] = round(1e3 * time_s, 2)
-
-
-def find(args):
-    """(name, folder, GPTConfig, params), of which --random has only the name and the GPTConfig."""
-    if args.random:
-        layers, heads, width = SHAPES[args.random]
-        return f"{args.random}-random", None, GPTConfig(n_layer=layers, n_head=heads, n_embd=width), None
-    found = find_model(args.model)
-    return found.name, found.folder, *weight_loader.load(found.folder)
-
-
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano without it)")
-    which.add_argument("--random", choices=SHAPES, help="that shape, with random weights")
-    parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)")
+    add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
+    add("--device", default="auto", help="(default: %(default)s)")
+    add("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="the median of so many (default: %(default)s)")
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
     try:
-        device = choose_devices(args.device)[0]
-        name, folder, config, params = find(args)
-        if not 2 <= args.new_tokens <= config.block_size - 16:
-            limit = f"from 2 to {config.block_size - 16}, which fit after a 16-token prompt"
-            raise ValueError(f"--new-tokens must be {limit}, got {args.new_tokens}")
+        if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
+            raise ValueError("-- must not be the value of a flag")
+        if args.rounds < 1:
+            raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
+        found = find_model(args.model)
+        start = time.perf_counter()
+        engine = load(found.folder, args.dtype, args.device)
+        most = engine.config.block_size - PROMPT
+        if not 2 <= args.new_tokens <= most:
+            raise ValueError(f"--new-tokens must be from 2 to {most}, got {args.new_tokens}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    with tempfile.TemporaryDirectory() as scratch:
-        jax.config.update("jax_compilation_cache_dir", scratch)  # empty: the first call compiles
-        compilation_cache.reset_cache()
-        report = Report(device)
-        bench_training(report)
-        bench_sampling(report)
-        if args.random:
-            folder, params = Path(scratch, "model"), init_params(config, jax.random.key(0))
-            weight_loader.save(folder, config, params)
-        bench_gpt2(report, name, folder, config, params, args.new_tokens)
-    print(json.dumps({"project": "jax_nanogpt", "results": report.results}))
+    try:
+        greedy(engine, [0], 1)
+        first_s = time.perf_counter() - start
+        print(f"{found.name} in {args.dtype} on {describe(engine)}; {first_s:.1f} s to the first token", flush=True)
+        figures = measure(engine, args.new_tokens, args.rounds)
+    except OSError as error:  # a full disk
+        parser.error(str(error))
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    about = {"project": "jax_nanogpt", "model": found.name, "dtype": args.dtype, "engine": describe(engine)}
+    print(json.dumps(about | {"first_token_s": round(first_s, 2), "peak_rss_mb": peak_mb} | figures))
 
 
 if __name__ == "__main__":

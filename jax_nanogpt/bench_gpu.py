@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,14 +22,60 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer need
 import jax
 import numpy as np
 
-from jax_nanogpt.bench import SHAPES, Report, about, make_text, trainer
-from jax_nanogpt.device import choose_devices
+from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
-from jax_nanogpt.train import Config
+from jax_nanogpt.optimizer import make_optimizer
+from jax_nanogpt.plan import SHAPES
+from jax_nanogpt.sampler import generate
+from jax_nanogpt.train import Config, train_iterations
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4": 121}  # bfloat16, dense: NVIDIA's data sheets
 TINY = {"tiny": (2, 2, 64)}
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleave(calls, rounds=5):
+    """The median time of each call, and the median of its ratio to the first call's time in the same round."""
+    times = np.array([[seconds(call) for call in calls] for _ in range(rounds)])
+    return np.median(times, axis=0).tolist(), np.median(times / times[:, :1], axis=0).tolist()
+
+
+def measure(work, batch, tokens, ours, peer=None):
+    """The row of a call that trains on or samples so many tokens for each of a batch; peer is (its name, its call)."""
+    first_s = seconds(ours)
+    if peer:
+        peer[1]()
+    (time_s, *_), (*_, ratio) = interleave([ours, peer[1]] if peer else [ours])
+    row = {"work": work, "batch": batch, "tokens_per_s": round(batch * tokens / time_s, 1)}
+    row |= {"compile_s": round(max(0, first_s - time_s), 2), "peer": None, "ratio": None}
+    line = f"{work:8} batch {batch:2} {row['tokens_per_s']:10,.0f} tokens/s"
+    if peer:
+        row |= {"peer": peer[0], "ratio": round(ratio, 3)}
+        line += f", {ratio:.2f} x {peer[0]}"
+    print(line, flush=True)
+    return row
+
+
+def trainer(settings, model, examples):
+    """A call that trains one iteration on each of examples [I, A, B, T + 1]."""
+    optimizer, params = make_optimizer(settings), init_params(model.config, jax.random.key(0))
+    state, examples = [params, optimizer.init(params)], jax.device_put(examples)
+
+    def train():
+        *state[:], losses = train_iterations(model, optimizer, *state, examples, 0, len(examples), jax.random.key(0))
+        losses.block_until_ready()
+
+    return train
+
+
+def make_text(*args):
+    return list(generate(*args))
 
 
 class Peer:
@@ -80,23 +127,24 @@ class Peer:
         return sample
 
 
-def bench(args, report, model, peer):
+def bench(args, device, model, peer):
     """Training, and sampling at batch 1 and 64."""
-    config, kind = model.config, report.device.device_kind
-    peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in kind), None)
+    config = model.config
+    peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device.device_kind), None)
     size = args.iters, 1, args.batch, args.block_size + 1
     examples = np.random.default_rng(0).integers(config.vocab_size, size=size, dtype=np.int32)
-    peers = [("", peer.name, peer.trainer(examples))] if peer else []
-    row = about("train", "random", config, args.batch, None, args.iters * args.block_size)
-    row = report.add(row, trainer(Config(warmup_iters=0), model, examples), peers)
+    ours = trainer(Config(warmup_iters=0), model, examples)
+    theirs = peer and (peer.name, peer.trainer(examples))
+    row = measure("train", args.batch, args.iters * args.block_size, ours, theirs)
     tflops = flops_per_token(config) * row["tokens_per_s"] / 1e12
     row |= {"parameters": count_params(config), "tflops": round(tflops, 3), "mfu": peak and round(tflops / peak, 4)}
     print(f"{tflops:.1f} TFLOP/s" + (f", {tflops / peak:.1%} of {peak:g}" if peak else ""), flush=True)
-    params = jax.tree.map(lambda p: p.astype("bfloat16"), init_params(config, jax.random.key(0)))
-    for work, samples in ("sample", 1), ("sample_batch64", 64):
-        peers = [("", peer.name, peer.sampler(samples, args.new_tokens))] if peer else []
-        row = about(work, "random", config, samples, 1, args.new_tokens)
-        report.add(row, partial(make_text, model, params, [0], args.new_tokens, samples), peers)
+    params, rows = jax.tree.map(lambda p: p.astype("bfloat16"), init_params(config, jax.random.key(0))), [row]
+    for samples in 1, 64:
+        ours = partial(make_text, model, params, [0], args.new_tokens, samples)
+        theirs = peer and (peer.name, peer.sampler(samples, args.new_tokens))
+        rows.append(measure("sample", samples, args.new_tokens, ours, theirs))
+    return rows
 
 
 def make_parser():
@@ -144,9 +192,9 @@ def main(argv=None):
     layers, heads, width = (SHAPES | TINY)[args.shape]
     vocab_size = GPTConfig.vocab_size if args.shape in SHAPES else 512
     config = GPTConfig(args.block_size, vocab_size, layers, heads, width, dtype="bfloat16")
-    report = Report(device)
-    bench(args, report, GPT(config, choose_kernels(device, config.dtype)), find_peer(config, device))
-    print(json.dumps({"project": "jax_nanogpt", "results": report.results}))
+    print(describe([device]), flush=True)
+    rows = bench(args, device, GPT(config, choose_kernels(device, config.dtype)), find_peer(config, device))
+    print(json.dumps({"project": "jax_nanogpt", "device": describe([device]), "results": rows}))
 
 
 if __name__ == "__main__":

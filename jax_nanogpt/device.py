@@ -62,11 +62,11 @@ def choose_devices(name):
     use_compilation_cache()
     start_enough_threads()
     if name not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     try:
         devices = jax.devices(None if name == "auto" else name)
     except RuntimeError:
-        raise ValueError(f"device must be one that JAX finds here ({jax.default_backend()}), got {name!r}") from None
+        raise ValueError(f"--device must be one that JAX finds here ({jax.default_backend()}), got {name!r}") from None
     jax.config.update("jax_default_device", jax.local_devices(backend=devices[0].client.platform)[0])
     return devices
 

@@ -19,10 +19,11 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from jax_nanogpt import mesh as meshes
-from jax_nanogpt.bench import SHAPES
 from jax_nanogpt.model import GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.train import Config
+
+SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
 
 class Accelerator(NamedTuple):

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nanogpt.model import init_cache
+from jax_nanogpt import weight_loader
+from jax_nanogpt.device import choose_devices, describe
+from jax_nanogpt.kernels import choose_kernels
+from jax_nanogpt.model import GPT, init_cache
 
 CHUNK = 32  # tokens of one jitted call: after each the text is printed, and its end noticed
 
@@ -47,10 +50,24 @@ def keys_at(key, batch, position):
 
 @partial(jax.jit, static_argnames=("model", "slots", "batch"))
 def prefill(model, params, prompt, length, slots, batch):
-    """Reads the first `length` tokens of prompt [1, P]. Returns the logits [B, V] of the next token, and the cache."""
-    cache = init_cache(model.config, 1, slots)
+    """Reads the first `length` tokens of prompt [R, P]. Returns the logits [B, V] of the next token, and the cache, of
+    B = batch * R texts."""
+    cache = init_cache(model.config, len(prompt), slots)
     logits, cache = model.apply({"params": params}, prompt, cache, 0, only=length - 1)
     return jnp.repeat(logits[:, 0], batch, axis=0), [jnp.repeat(layer, batch, axis=1) for layer in cache]
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def step(model, params, tokens, cache, position):
+    """The logits [B, V] after tokens [B] at a position, and the cache with them in it."""
+    logits, cache = model.apply({"params": params}, tokens[:, None], cache, position)
+    return logits[:, 0], cache
+
+
+@partial(jax.jit, static_argnames=("model",))
+def step_past(model, params, window):
+    """The logits [B, V] after a window [B, block_size]."""
+    return model.apply({"params": params}, window, only=window.shape[1] - 1)[0][:, 0]
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "count"), donate_argnames=("cache",))
@@ -60,13 +77,13 @@ def decode(model, params, sampling, key, start, cache, count):
     Returns the next start, the cache, the tokens [count, B], and the logits [count, B, V] they were drawn from.
     """
 
-    def step(carry, _):
+    def draw(carry, _):
         (position, logits), cache = carry
         tokens = choose(logits, sampling, keys_at(key, len(logits), position))
-        new_logits, new_cache = model.apply({"params": params}, tokens[:, None], cache, position)
-        return ((position + 1, new_logits[:, 0]), new_cache), (tokens, logits)
+        new_logits, new_cache = step(model, params, tokens, cache, position)
+        return ((position + 1, new_logits), new_cache), (tokens, logits)
 
-    (start, cache), (tokens, rows) = lax.scan(step, (start, cache), length=count)
+    (start, cache), (tokens, rows) = lax.scan(draw, (start, cache), length=count)
     return start, cache, tokens, rows
 
 
@@ -75,15 +92,21 @@ def slide(model, params, sampling, key, start, count):
     """Generates count tokens past block_size. start is the position of the first, and the window [B, block_size] before
     it. Returns the tokens [count, B], and the logits [count, B, V] they were drawn from."""
 
-    def step(carry, _):
+    def draw(carry, _):
         position, window = carry
-        logits, _ = model.apply({"params": params}, window, only=window.shape[1] - 1)
-        tokens = choose(logits[:, 0], sampling, keys_at(key, len(window), position))
+        logits = step_past(model, params, window)
+        tokens = choose(logits, sampling, keys_at(key, len(window), position))
         window = jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1)
-        return (position + 1, window), (tokens, logits[:, 0])
+        return (position + 1, window), (tokens, logits)
 
-    _, (tokens, rows) = lax.scan(step, start, length=count)
+    _, (tokens, rows) = lax.scan(draw, start, length=count)
     return tokens, rows
+
+
+def pad(rows, slots):
+    """rows [B, T] padded to a power of two, at most slots: few shapes to compile."""
+    length = rows.shape[1]
+    return np.pad(rows, ((0, 0), (0, min(slots, max(16, 1 << (length - 1).bit_length())) - length)))
 
 
 def generate(model, params, prompt, new_tokens, samples=1, sampling=None, seed=0):
@@ -93,10 +116,8 @@ def generate(model, params, prompt, new_tokens, samples=1, sampling=None, seed=0
     block_size, position, end = model.config.block_size, len(prompt), len(prompt) + new_tokens
     text = np.tile(np.asarray(prompt, np.int32), (samples, 1))
     if position < block_size:
-        slots = min(block_size, -(-end // 64) * 64)
-        # the prompt's length is padded to a power of two, and the slots to a multiple of 64: few shapes to compile
-        padded = np.resize(text[:1], (1, min(slots, max(16, 1 << (position - 1).bit_length()))))
-        logits, cache = prefill(model, params, padded, position, slots, samples)
+        slots = min(block_size, -(-end // 64) * 64)  # a multiple of 64: few shapes to compile
+        logits, cache = prefill(model, params, pad(text[:1], slots), position, slots, samples)
         start = position, logits
     while position < end:
         count = min(CHUNK, end - position)
@@ -108,3 +129,37 @@ def generate(model, params, prompt, new_tokens, samples=1, sampling=None, seed=0
         text = np.concatenate([text, np.asarray(tokens).T], axis=1)
         position += count
         yield text[:, -count:], np.asarray(rows).swapaxes(0, 1)
+
+
+class Engine:
+    """A model with a KV cache, token by token."""
+
+    def __init__(self, model, params, device):
+        self.model, self.params, self.device, self.config = model, params, device, model.config
+
+    def describe(self):
+        return describe([self.device], self.config.dtype)
+
+    def prefill(self, rows):
+        """The logits [B, V] after each of rows, which have one length, at most block_size."""
+        self.text, slots = np.array(rows, np.int32), self.config.block_size
+        length = self.text.shape[1]
+        logits, self.cache = prefill(self.model, self.params, pad(self.text, slots), length, slots, 1)
+        return np.asarray(logits)
+
+    def decode(self, tokens):
+        """The logits [B, V] after one more token in each text."""
+        position, block_size = self.text.shape[1], self.config.block_size
+        tokens = np.asarray(tokens, np.int32)
+        self.text = np.concatenate([self.text, tokens[:, None]], axis=1)
+        if position >= block_size:
+            return np.asarray(step_past(self.model, self.params, self.text[:, -block_size:]))
+        logits, self.cache = step(self.model, self.params, tokens, self.cache, position)
+        return np.asarray(logits)
+
+
+def load(folder, dtype="float32", device="auto"):
+    """The Engine of a checkpoint folder; ValueError says what is wrong with it, or with the device."""
+    chosen = choose_devices(device)[0]
+    config, params = weight_loader.load(folder, dtype)
+    return Engine(GPT(config, choose_kernels(chosen, dtype)), params, chosen)

@@ -18,6 +18,7 @@ from neuron_nanogpt import graphs, kernels, model
 from neuron_nanogpt.files import write_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEVICES = ("auto", "cpu", "neuron")
 TARGETS = ("trn1", "trn2", "inf2")
 DRIVER = Path("/dev/neuron0")
 INDEX = "https://pip.repos.neuron.amazonaws.com"
@@ -30,6 +31,8 @@ class ArtifactError(Exception):
 def choose(device="auto", target="trn1", compiler_args=(), cores=1):
     """The backend for --device; auto is a NeuronCore if there is one."""
     missing = why_no_neuron()
+    if device not in DEVICES:
+        raise ValueError(f"--device must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, got {device}")
     if device == "neuron" and missing:
         install = "on a Neuron instance: pip install -r requirements.txt"
         raise ValueError(f"--device must be auto or cpu, got neuron: {missing} ({install})")

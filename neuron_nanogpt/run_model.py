@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from neuron_nanogpt.compiler import DTYPES, TARGETS, ArtifactError
+from neuron_nanogpt.compiler import DEVICES, DTYPES, TARGETS, ArtifactError
 from neuron_nanogpt.engine import SEQ_LEN, load
 from neuron_nanogpt.files import save_dump
 from neuron_nanogpt.graphs import NeuronStep
@@ -39,7 +39,7 @@ def make_parser():
     add_sampling(parser)
     add("--batch", type=int, default=BATCH, help="texts at once (default: %(default)s)")
     add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
-    add("--device", default="auto", choices=["auto", "cpu", "neuron"], help="(default: %(default)s)")
+    add("--device", default="auto", choices=DEVICES, help="(default: %(default)s)")
     add("--window", action="store_true", help="one graph over a window of --seq-len tokens, without a KV cache")
     add("--seq-len", type=int, help=f"the window (default: {SEQ_LEN}, or the context if that is shorter)")
     add("--buckets", type=lengths, help="prompt lengths that get a graph, as in 128,1024 (default: powers of two)")

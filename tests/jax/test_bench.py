@@ -1,164 +1,68 @@
-"""bench.py and bench_gpu.py: their formulas, by a clock that says what the test wants, and their rows on toys."""
+"""bench.py: what the harness asks of it, and its own output."""
 
 import json
-from dataclasses import replace
-from itertools import chain, repeat
 
 import jax
 import numpy as np
 import pytest
 
-from jax_nanogpt import bench, bench_gpu, weight_loader
-from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
-from jax_nanogpt.train import Config
+from jax_nanogpt import bench
+from tests.jax import reference
 
-CONFIG = GPTConfig(block_size=32, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """clock(seconds...) is a call that takes these times, one after another, and then the last of them."""
-    now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-
-    def lasting(*seconds):
-        left = chain(seconds, repeat(seconds[-1]))
-
-        def call():
-            now[0] += next(left)
-
-        return call
-
-    return lasting
+pytestmark = pytest.mark.engine
 
 
-@pytest.fixture
-def half_a_second(monkeypatch):
-    """What is measured takes half a second, and is not run."""
-    monkeypatch.setattr(bench, "seconds", lambda call: 0.5)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(folder, transformers' model)"""
+    folder = tmp_path_factory.mktemp("model")
+    return folder, reference.random_checkpoint(folder, positions=32)
 
 
-@pytest.fixture
-def add(monkeypatch):
-    """Report.add of 8 new tokens for each of 3 texts."""
-    monkeypatch.setattr(bench, "bandwidth", lambda: 1000.0)
-    report = bench.Report(jax.devices("cpu")[0])
-
-    def call(*args, on_cpu=True, new=8, **options):
-        report.on_cpu = on_cpu
-        return report.add(bench.about("decode", "toy", CONFIG, 3, 5, new), *args, **options)
-
-    return call
+def test_score_and_greedy_are_transformers(checkpoint):
+    folder, model = checkpoint
+    engine = bench.load(folder, "float32")
+    ids = np.random.default_rng(0).integers(engine.config.vocab_size, size=engine.config.block_size).tolist()
+    np.testing.assert_allclose(bench.score(engine, ids), reference.logits_of(model, [ids])[0], atol=1e-4)
+    continued = bench.greedy(engine, ids[:5], 6)
+    rows = reference.logits_of(model, [ids[:5] + continued])[0]
+    assert continued == rows[4:-1].argmax(axis=1).tolist() and len(set(continued)) > 1
 
 
-def test_a_rows_rate_and_times(clock, add):
-    row = add(clock(9, 0.5, 4, 2, 1, 3, 2, 7))  # cold, for the memory, from the compilation cache; then the rounds
-    assert row["tokens_per_s"] == 3 * 8 / 2
-    assert (row["compile_s"], row["compile_cached_s"]) == (9 - 2, 4 - 2)
-    assert row["ttft_ms"] is row["mbu"] is row["peer"] is row["ratio"] is None
-    prefill = add(clock(0.5), new=1)
-    assert prefill["tokens_per_s"] == 3 * 5 / 0.5 and prefill["ttft_ms"] == 500 and prefill["compile_s"] == 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_reads_the_weights_and_one_position_embedding(dtype, checkpoint):
+    engine = bench.load(checkpoint[0], dtype)
+    held = sum(array.nbytes for array in jax.tree.leaves(engine.params)) - engine.params["wpe"].nbytes
+    assert bench.step_bytes(engine) == held
 
 
-def test_a_ratio_is_of_our_tokens_over_the_peers_in_one_round_and_above_1_if_we_are_faster(clock, add):
-    """Machines slow down together: both take 1, then 10 times as long, and the ratio is the same in each round."""
-    drift = 1, 1, 10, 10, 1
-    ours, same_batch = clock(1, 1, 1, *(2 * d for d in drift)), clock(1, *(6 * d for d in drift))
-    row = add(ours, [("", "torch", same_batch)])
-    assert row["ratio"] == 3 and row["peer"] == {"name": "torch", "tokens_per_s": 3 * 8 / 6}
-    one_text = clock(1, *(3 * d for d in drift))  # while ours are three
-    ours = clock(1, 1, 1, *(2 * d for d in drift))
-    row = add(ours, [("", "torch", one_text), ("_autocast", "torch bfloat16", clock(1, *drift))], peer_batch=1)
-    assert row["ratio"] == 3 * 3 / 2 and row["peer"]["tokens_per_s"] == round(8 / 3, 1)
-    assert row["ratio_autocast"] == 3 * 1 / 2 and row["peer_autocast"]["name"] == "torch bfloat16"
-
-
-def test_mbu_is_the_bytes_of_the_steps_over_what_memory_could_read_meanwhile(clock, add):
-    assert add(clock(2), read=100)["mbu"] == 8 * 100 / (2 * 1000)  # eight steps, each for all three texts
-    assert add(clock(2), read=100, on_cpu=False)["mbu"] is None  # an accelerator has another memory
-
-
-def test_a_step_reads_each_weight_once_and_each_texts_keys_and_values():
-    """By transformers' arrays: all but the position embeddings, and a cache of as many positions."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    c = replace(CONFIG, n_layer=2)
-    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
-    config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, **shape)
-    model = transformers.GPT2LMHeadModel(config)
-    weights = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
-    for batch, positions in (1, 1), (3, 7):
-        cache = model(torch.zeros((batch, positions), dtype=torch.long)).past_key_values
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert bench.step_bytes(c, batch, positions) == weights + held
-
-
-@pytest.mark.usefixtures("half_a_second")
-def test_bench_prints_one_json_document_last(monkeypatch, capsys, tmp_path):
-    pytest.importorskip("torch")
-    weight_loader.save(tmp_path, CONFIG, init_params(CONFIG, jax.random.key(0)))
-    settings = Config(iters_per_call=2, batch_size=3, block_size=8)
-    toy = settings, replace(CONFIG, block_size=8, dropout=0.1), np.zeros((2, 1, 3, 9), np.int32)
-    monkeypatch.setattr(bench, "shakespeare", lambda: toy)
-    monkeypatch.setattr(bench.jax.config, "update", lambda *_: None)  # the compilation cache is this session's
-    firsts, interleave = [], bench.interleave
-    monkeypatch.setattr(bench, "interleave", lambda calls: firsts.append(calls[0]) or interleave(calls))
-    bench.main([f"--model={tmp_path}", "--new-tokens=4"])
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document["project"] == "jax_nanogpt"
-    rows = {row["work"]: row for row in document["results"]}
-    train = 2 * 3 * 8
-    rates = {"train": train, "train_bfloat16": train, "sample": 7, "sample_batch10": 10 * 7, "sample_past_edge": 64}
-    rates |= {"prefill": 16, "decode": 4}
-    assert {work: row["tokens_per_s"] for work, row in rows.items()} == {work: n / 0.5 for work, n in rates.items()}
-    assert {work: row["ratio"] for work, row in rows.items()} == dict.fromkeys(rates, 1) | {"sample_batch10": 10}
-    assert rows["train"]["ms_per_iteration"] == 250 and rows["train"]["ratio_autocast"] == 1
-    read = bench.step_bytes(CONFIG, 1, 16 + 4 / 2)
-    assert rows["decode"]["mbu"] == pytest.approx(read * 4 / 0.5 / (2**28 / 0.5), abs=5e-4)
-    assert rows["prefill"]["ttft_ms"] == rows["decode"]["ttft_ms"] == 500
-    ids, count = firsts[-1].args[2:]
-    assert (len(ids), count) == (16, 1)  # decode's time to the first token is measured alone
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_torch_peer_is_the_same_model(bias):
-    torch = pytest.importorskip("torch")
-    from jax_nanogpt import bench_peer
-
-    config = replace(CONFIG, bias=bias)
-    params = init_params(config, jax.random.key(0))
-    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
-    tokens = np.arange(32)[None]
-    ours, _ = jax.jit(GPT(config).apply)({"params": params}, tokens)
-    with torch.no_grad():
-        theirs = bench_peer.TorchGPT(config).load(params).eval()(torch.tensor(tokens))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-
-
-@pytest.mark.usefixtures("half_a_second")
-def test_bench_gpu_prints_one_json_document_last(capsys):
-    pytest.importorskip("torch")
-    flags = ["--shape=tiny", "--batch=2", "--block_size=16", "--iters=3", "--new-tokens=4", "--peak=1e-4"]
-    bench_gpu.main([*flags, "--device=cpu"])
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    rates = {"train": 3 * 2 * 16, "sample": 4, "sample_batch64": 64 * 4}
-    assert {row["work"]: row["tokens_per_s"] for row in results} == {work: n / 0.5 for work, n in rates.items()}
-    assert all(row["ratio"] == 1 and row["peer"]["name"].startswith("transformers") for row in results)
-    config = GPTConfig(block_size=16, vocab_size=512, n_layer=2, n_head=2, n_embd=64)
-    assert results[0]["parameters"] == count_params(config)
-    assert results[0]["mfu"] == round(flops_per_token(config) * rates["train"] / 0.5 / 1e8, 4) > 0
+def test_the_last_line_of_output_is_one_json_document(checkpoint, monkeypatch, capsys):
+    """By a clock on which the calls of a work take 9, 0.5, 0.25 and 1 s; the first is left out."""
+    times, greedy = iter(2 * [9, 0.5, 0.25, 1]), []
+    monkeypatch.setattr(bench, "seconds", lambda call, engine, ids, count: greedy.append((ids, count)) or next(times))
+    bench.main([f"--model={checkpoint[0]}", "--new_tokens=4", "--rounds=3", "--dtype=bfloat16"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["project"], found["dtype"]) == ("jax_nanogpt", "bfloat16") and found["first_token_s"] > 0
+    assert found["engine"].startswith("cpu: jax ") and found["peak_rss_mb"] > 100
+    assert found["decode"] == {"prompt_tokens": 16, "new_tokens": 4, "tokens_per_s": 4 / 0.5}
+    assert found["prefill"] == {"prompt_tokens": 16, "new_tokens": 1, "tokens_per_s": 16 / 0.5}
+    assert [(len(ids), count) for ids, count in greedy] == 4 * [(16, 4)] + 4 * [(16, 1)]
 
 
 @pytest.mark.parametrize(
-    ("script", "flags"),
+    ("flag", "message"),
     [
-        (bench, ["--model=gpt2-nano", "--new-tokens=1"]),
-        (bench, ["--model=gpt2-nano", "--new-tokens=1024"]),
-        (bench_gpu, ["--new-tokens=1024"]),
-        (bench_gpu, ["--iters=0"]),
-        (bench_gpu, ["--device=abacus"]),
+        ("--new-tokens=1", "--new-tokens must be from 2 to 16, got 1"),
+        ("--new-tokens=17", "--new-tokens must be from 2 to 16, got 17"),
+        ("--rounds=0", "--rounds must be 1 or more, got 0"),
+        ("--device=abacus", "--device must be one of auto, cpu, gpu, tpu, got 'abacus'"),
+        ("--dtype=int3", "--dtype"),
+        ("--model=nowhere", "'nowhere'"),
+        ("--device=--", "--"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(script, flags, capsys):
+def test_a_mistake_is_one_line_and_status_2(flag, message, checkpoint, capsys):
     with pytest.raises(SystemExit) as caught:
-        script.main(flags)
-    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+        bench.main([f"--model={checkpoint[0]}", flag])
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and message in errors and errors.count("\n") == 1

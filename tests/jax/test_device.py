@@ -67,8 +67,8 @@ def test_the_first_line_says_where_bfloat16_takes_the_plain_path(machine):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpu", r"^device must be one that JAX finds here \(cpu\), got 'gpu'$"),
-        ("cuda", "^device must be one of auto, cpu, gpu, tpu, got 'cuda'$"),
+        ("gpu", r"^--device must be one that JAX finds here \(cpu\), got 'gpu'$"),
+        ("cuda", "^--device must be one of auto, cpu, gpu, tpu, got 'cuda'$"),
     ],
 )
 def test_a_missing_device_is_an_error_and_not_a_cpu_run(name, message):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_nanogpt.model import GPT, GPTConfig, init_params
-from jax_nanogpt.sampler import Sampling, choose, generate
+from jax_nanogpt.sampler import Engine, Sampling, choose, generate
 from shared.sampling import Sampler
 from tests.jax.reference import forward
 
@@ -62,6 +62,14 @@ def test_the_cache_is_long_enough_in_a_context_of_more_than_its_64_slots(prompt_
     tokens, rows = run(prompt, new_tokens, config=config, params=params)
     assert tokens[0].tolist() == expected
     np.testing.assert_allclose(rows[0], expected_rows, atol=1e-3)
+
+
+def test_token_by_token_the_engine_has_the_logits_of_the_loop_before_and_past_the_edge():
+    prompts = np.random.default_rng(0).integers(60, size=(2, 30))
+    engine = Engine(GPT(CONFIG), PARAMS, jax.devices("cpu")[0])
+    tokens, expected = map(np.concatenate, zip(*(run(prompt.tolist(), 20) for prompt in prompts), strict=True))
+    rows = [engine.prefill(prompts), *map(engine.decode, tokens.T[:-1])]
+    np.testing.assert_allclose(np.stack(rows, axis=1), expected, atol=1e-4)
 
 
 def test_a_sample_is_the_same_alone_and_in_a_batch():

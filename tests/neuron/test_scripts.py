@@ -156,8 +156,10 @@ def test_each_text_of_a_batch_ends_by_itself(run, tmp_path):
         (sample, ["--temperature=-1"], "temperature must be "),
         (sample, ["--max-new-tokens=0"], "--max-new-tokens must be 1 or more, got 0"),
         (sample, ["--device=cuda"], "--device must be auto or cpu, got cuda: PyTorch finds none"),
-        (bench, ["--new-tokens=1"], "--new-tokens must be 2 or more, got 1"),
-        (bench, ["--new-tokens=241"], "--new-tokens must be at most 240 after a 16-token prompt, got 241"),
+        (bench, ["--new-tokens=1"], "--new-tokens must be from 2 to 240, got 1"),
+        (bench, ["--new-tokens=241"], "--new-tokens must be from 2 to 240, got 241"),
+        (bench, ["--rounds=0"], "--rounds must be 1 or more, got 0"),
+        (bench, ["--device=tpu"], "--device must be auto, cpu or neuron, got tpu"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(script, flags, message, run, monkeypatch):

@@ -28,11 +28,11 @@ def _activate() -> str:
     from nvtripy.trace.trace import Trace
     from nvtripy.utils import json, stack_info
 
-    from . import program
+    from . import program, saving
 
     Trace.to_mlir = lambda self: self
     Compiler.compile = lambda self, module, trace=None: program.lower(module)
-    json.save, json.load = program.save, program.load
+    json.save, json.load = saving.save, saving.load
     stack_info.get_stack_info = runtime.get_stack_info
     memref.tolist = lambda value: value.data.tolist()
     return f"nvtripy {found}'s front end, executed by torch {torch.__version__.partition('+')[0]}"
