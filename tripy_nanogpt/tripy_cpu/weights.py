@@ -1,6 +1,7 @@
-"""Weights: constants that are multiplied by, held once for all programs, in the layout that makes the product fast.
+"""Weights: constants that are multiplied by, held once for all programs.
 
-A weight is known by its plain tensors, which are what is saved. prepare() gives it a product, one of PRODUCTS.
+A weight is known by its plain tensors, which are what is saved. prepare() gives it a product, which reads them or a
+copy in another layout.
 """
 
 import hashlib
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from .kernels import HALF
 
 LARGE = 1 << 14  # elements; smaller constants keep their layout
-ROWS = 8  # of the product that weights are packed for: faster for one row, too, than packing for one
 FAST = False  # multiply by quantized weights, and by the head then, in 16 bits: within 1e-2
 
 _shared = weakref.WeakValueDictionary()
@@ -58,7 +58,7 @@ def weight_of(value):
         return None
     if isinstance(value, Folded):
         return (value.kind, value.tensors) if value.is_multiplied_by(matrix) else None
-    return "Float", [matrix.t()]
+    return "Float", [matrix]
 
 
 # -- products: x -> x @ weight.t() + bias, and GELU of it
@@ -69,27 +69,33 @@ def finish(y, bias, gelu):
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-class Packed:
-    """float32 in oneDNN's layout."""
+class Plain:
+    """float32 as it is. MKL multiplies one row on one thread: here each thread takes a part of the outputs.
 
-    def __init__(self, weight):  # [out, in]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
-        self.linear = torch.ops.mkldnn._linear_pointwise.default
+    Read along the rows of [in, out], one row times the matrix takes two thirds of the time of oneDNN's packed layout.
+    """
+
+    def __init__(self, weight):  # [in, out]
+        count = torch.get_num_threads()
+        even = weight.shape[1] // count * count
+        self.weight, self.rest = weight, weight[:, even:]
+        self.parts = weight[:, :even].unflatten(1, (count, -1)).transpose(0, 1)
 
     def __call__(self, x, bias=None, gelu=False):
-        if gelu:
-            return self.linear(x, self.packed, bias, "gelu", [], "tanh")
-        return self.linear(x, self.packed, bias, "none", [], "")
-
-    def plain(self):
-        return [self.packed.to_dense()]
+        if x.numel() > x.shape[-1]:
+            return finish(x @ self.weight, bias, gelu)
+        row = x.reshape(1, -1)
+        y = torch.bmm(row.expand(len(self.parts), *row.shape), self.parts).flatten()
+        if self.rest.numel():
+            y = torch.cat([y, (row @ self.rest)[0]])
+        return finish(y.reshape(*x.shape[:-1], -1), bias, gelu)
 
 
 class Float16:
     """float16 in FBGEMM's layout, multiplied and summed in float32."""
 
     def __init__(self, weight):
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.t().float().contiguous(), None)
         self.linear = torch.ops.quantized.linear_dynamic_fp16.default
 
     def __call__(self, x, bias=None, gelu=False):
@@ -97,16 +103,16 @@ class Float16:
 
 
 class Dense:
-    """As it is: where there is no better product."""
+    """Half precision, where there is no better product."""
 
     def __init__(self, weight):
-        self.weight, self.half = weight, weight.dtype in HALF and has_half_product(weight.dtype)
+        self.weight, self.half = weight.t().contiguous(), has_half_product(weight.dtype)
 
     def __call__(self, x, bias=None, gelu=False):
         one_row = x.numel() == x.shape[-1]  # then torch's half-precision product accumulates in float32
-        if x.dtype in HALF and not (self.half and one_row):
-            return finish(F.linear(x.float(), self.weight.float()).to(x.dtype), bias, gelu)
-        return finish(F.linear(x, self.weight), bias, gelu)
+        if self.half and one_row:
+            return finish(F.linear(x, self.weight), bias, gelu)
+        return finish(F.linear(x.float(), self.weight.float()).to(x.dtype), bias, gelu)
 
 
 class Int8:
@@ -149,7 +155,7 @@ def computes(product, dtype, most, size=128):
 
 
 def has_float16():
-    return computes(lambda x: Float16(torch.full((64, x.shape[1]), 127.0))(x), torch.float32, 127)
+    return computes(lambda x: Float16(torch.full((x.shape[1], 64), 127.0))(x), torch.float32, 127)
 
 
 def has_half_product(dtype):
@@ -173,7 +179,7 @@ def is_fastest(kind):
     q = torch.ones(3072, 768, dtype=torch.int8) if kind == "Int8" else torch.ones(768, 1536, dtype=torch.int8)
     scale = torch.ones(3072, 1) if kind == "Int8" else torch.ones(6, 3072)
     x, seconds = torch.ones(1, 768), []
-    for make in (lambda: PRODUCTS[kind](q, scale), lambda: Float16(torch.ones(3072, 768))):
+    for make in (lambda: PRODUCTS[kind](q, scale), lambda: Float16(torch.ones(768, 3072))):
         products = [make() for _ in range(8)]  # more than a cache holds
         for _ in range(3):
             start = time.perf_counter()
@@ -184,26 +190,17 @@ def is_fastest(kind):
     return seconds[0] < seconds[1]
 
 
-def packs(weight):
-    return weight.dtype is torch.float32 and torch.backends.mkldnn.is_available() and not (FAST and has_float16())
-
-
 def product_of_float(weight):
-    if packs(weight):
-        return Packed(weight)
-    if (
-        has_float16()
-        and weight.abs().max() < torch.finfo(torch.float16).max
-        and (FAST or weight.dtype is torch.float16)
-    ):
+    is_half = weight.dtype is torch.float16 or FAST and weight.abs().max() < torch.finfo(torch.float16).max
+    if is_half and has_float16():
         return Float16(weight)
-    return Dense(weight)
+    return Dense(weight) if weight.dtype in HALF else Plain(weight)
 
 
 def product_of_int8(q, scale):
     if FAST and has_low_bits("Int8") and is_fastest("Int8"):
         return Int8(q, scale)
-    return product_of_float((q.float() * scale.float()).to(scale.dtype))
+    return product_of_float((q.float() * scale.float()).to(scale.dtype).t().contiguous())
 
 
 def product_of_int4(q, scale):
@@ -212,7 +209,7 @@ def product_of_int4(q, scale):
     if FAST and fits and has_low_bits("Int4") and is_fastest("Int4"):
         return Int4(q, scale)
     dense = as_int8(q).float() * scale.float().repeat_interleave(block, 0)
-    return product_of_float(dense.to(scale.dtype).t().contiguous())
+    return product_of_float(dense.to(scale.dtype))
 
 
 PRODUCTS = {"Int8": Int8, "Int4": Int4}
@@ -225,21 +222,14 @@ class Weight:
     def __init__(self, kind, tensors, shapes):
         """tensors() -> the plain tensors, which have these shapes."""
         self.kind, self.tensors, self.product, self.size = kind, tensors, None, math.prod(shapes[0])
-        self.outputs = shapes[1][1] if kind == "Int4" else shapes[0][0]
+        self.outputs = shapes[0][0] if kind == "Int8" else shapes[-1][1]
 
     @classmethod
     def bake(cls, kind, tensors):
         """Of tensors that may change or go."""
-
-        def make():
-            packed = kind == "Float" and packs(tensors[0])
-            kept = tensors if packed else [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-            weight = cls(kind, lambda: kept, [tuple(tensor.shape) for tensor in tensors]).prepare()
-            if packed:
-                weight.tensors = weight.product.plain
-            return weight
-
-        return share((kind, FAST, *(digest(tensor)[2] for tensor in tensors)), make)
+        kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        shapes, keys = zip(*[(shape, key) for _, shape, key in map(digest, kept)], strict=True)
+        return share((kind, FAST, *keys), lambda: cls(kind, lambda: kept, shapes).prepare())
 
     def prepare(self):
         if self.product is None:
