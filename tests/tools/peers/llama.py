@@ -1,7 +1,6 @@
 """llama.cpp by the C functions that llama-cpp-python binds; Llama, its class, would add Python work to each token."""
 
 import ctypes
-import os
 from pathlib import Path
 
 import llama_cpp
@@ -84,9 +83,7 @@ class Engine:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = self.config.block_size
         params.n_threads = params.n_threads_batch = gpt2.cores()
-        params.flash_attn_type = int(os.environ.get("FA", 0))
-        if os.environ.get("KV32"):
-            params.type_k = params.type_v = 0
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError(f"llama.cpp cannot load {path}")

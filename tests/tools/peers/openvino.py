@@ -4,6 +4,7 @@ It is the model that optimum-intel exports and NNCF compresses, without PyTorch:
 beam_idx and scaled_dot_product_attention, which the plugin fuses.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,7 @@ class Engine:
             "INFERENCE_NUM_THREADS": gpt2.cores(),
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
+            "CACHE_DIR": Path(os.environ.get("XDG_CACHE_HOME", folder)) / "openvino" / dtype,
         }
         if dtype == "float32":
             settings["KV_CACHE_PRECISION"] = "f32"  # else 8 bits
