@@ -23,7 +23,7 @@ from neuron_nanogpt.run_model import dashed
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}  # what --dtype takes, and the width of the weights
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}  # what --dtype takes: weights
 PROMPT = 16
 
 
@@ -39,7 +39,7 @@ def describe(engine):
 def step_bytes(engine):
     """What a decode step reads of the weights: of the position embeddings, one row."""
     params = count_params(engine.config) - engine.config.block_size * engine.config.n_embd
-    return params * (4 if engine.compiler.dtype == "float32" else 2)
+    return params * {"float32": 4, "bfloat16": 2, "int8": 1}[engine.compiler.dtype]
 
 
 @torch.inference_mode()

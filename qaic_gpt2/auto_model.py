@@ -110,10 +110,11 @@ class QEFFAutoModelForCausalLM:
     ):
         """The path of the artifact. Settings for a card are recorded in it; int8_matmul and int4_matmul are for a CPU.
 
-        By default ctx_len is QEfficient's 128 and prefill_seq_len 32, or less for a model with fewer positions.
+        By default both lengths are 128, or less for a model with fewer positions: on a CPU, QEfficient's 32 for
+        prefill_seq_len is slower.
         """
         ctx_len = min(128, self.config.block_size) if ctx_len is None else ctx_len
-        prefill_seq_len = min(32, ctx_len) if prefill_seq_len is None else prefill_seq_len
+        prefill_seq_len = min(128, ctx_len) if prefill_seq_len is None else prefill_seq_len
         sizes = {"batch_size": batch_size, "prefill_seq_len": prefill_seq_len, "ctx_len": ctx_len}
         check_sizes(self.config, **sizes)
         card = {"num_cores": num_cores, "num_devices": num_devices}

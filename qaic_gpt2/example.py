@@ -47,7 +47,7 @@ def make_parser():
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
     add("--verify", action="store_true", help="compare logits with float32 on the CPU; status 1 if they differ")
     add("--num-cores", type=int, default=16, help="of the card (default: %(default)s)")
-    add("--prefill-seq-len", type=int, help="prompt tokens in one call (default: 32, or less in a shorter context)")
+    add("--prefill-seq-len", type=int, help="prompt tokens in one call (default: 128, on a card 32, or ctx-len)")
     add("--ctx-len", type=int, help="slots of the KV cache (default: 128, or more if the text needs them)")
     add("--mxfp6-matmul", action="store_true", help="weights in MXFP6, on a card")
     return parser
@@ -75,11 +75,12 @@ def check(args, device):
             raise ValueError(f"--dtype must be float32 or float16 on a card, got {args.dtype}: try --mxfp6-matmul")
 
 
-def compile_settings(args, config, rows):
+def compile_settings(args, config, rows, device):
     """compile's keywords. The context holds the text, and QEfficient's 128 tokens if the model has the positions."""
     wanted = max(map(len, rows)) + (args.max_new_tokens or 1)
     ctx_len = args.ctx_len or min(max(128, wanted), config.block_size)
-    sizes = {"batch_size": len(rows), "prefill_seq_len": args.prefill_seq_len or min(32, ctx_len), "ctx_len": ctx_len}
+    sizes = {"batch_size": len(rows), "ctx_len": ctx_len}
+    sizes["prefill_seq_len"] = args.prefill_seq_len or min(32 if device == "qaic" else 128, ctx_len)
     auto_model.check_sizes(config, **sizes)
     check_context(rows, ctx_len)
     if args.dtype in BITS:
@@ -157,7 +158,7 @@ def main(argv=None):
         found = find_model(args.model)
         config, tokenizer = read_config(found.folder), load_tokenizer(found.folder)
         rows = [encode_prompt(tokenizer, prompt, config.vocab_size) for prompt in args.prompt]
-        settings = compile_settings(args, config, rows)
+        settings = compile_settings(args, config, rows, device)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:

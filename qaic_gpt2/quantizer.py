@@ -9,10 +9,13 @@ def blocks(weight, size, bits=8):
     """(N, K) -> uint8 (N, K / size, size * bits / 8), low bits first, and float32 scales (N, K / size)."""
     middle = 1 << bits - 1  # the value of 0: MatMulNBits's default zero point
     parts = weight.astype(np.float32).reshape(len(weight), -1, size)
-    largest = np.take_along_axis(parts, np.abs(parts).argmax(-1)[..., None], axis=-1)  # with its sign
+    least, most = parts.min(-1, keepdims=True), parts.max(-1, keepdims=True)
+    largest = np.where(most > -least, most, least)  # in magnitude, with its sign
     scales = largest / -middle  # the largest becomes -middle, which has no opposite: a finer step than with middle - 1
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    values = np.clip(np.rint(parts * inverse) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    values = np.rint(parts * inverse)
+    values += middle
+    values = np.clip(values, 0, 2 * middle - 1, out=values).astype(np.uint8)
     return values if bits == 8 else values[..., 0::2] | values[..., 1::2] << 4, scales[..., 0]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_nanogpt import bench, compiler, engine
+from neuron_nanogpt import bench, engine
 
 pytestmark = pytest.mark.engine
 
@@ -32,10 +32,8 @@ def test_the_score_has_the_logits_after_each_token_by_the_cache(tiny, monkeypatc
 @pytest.mark.parametrize("dtype", bench.DTYPES)
 def test_a_step_reads_every_weight_once_and_one_position(dtype, tiny):
     weights = {name: p for name, p in tiny[1].named_parameters() if "wpe" not in name}
-    size = {"float32": 4, "bfloat16": 2}[bench.DTYPES[dtype]]
-    loaded = types.SimpleNamespace(config=engine.weight_loader.read_config(tiny[0]))
-    loaded.compiler = compiler.Compiler(compiler.CPU(), "", dtype)
-    assert bench.step_bytes(loaded) == size * sum(p.numel() for p in weights.values())
+    size = {"float32": 4, "bfloat16": 2, "int8": 1}[bench.DTYPES[dtype]]
+    assert bench.step_bytes(bench.load(tiny[0], dtype, "cpu")) == size * sum(p.numel() for p in weights.values())
 
 
 def test_the_figures_follow_from_the_times(long, run, monkeypatch):

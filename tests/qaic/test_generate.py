@@ -110,7 +110,7 @@ def test_both_kinds_of_tokenizer_give_the_same(nano, compiled, tokenizer):
         (
             "compile",
             {"ctx_len": 257},
-            "ctx_len must be from prefill_seq_len (32) to the model's 256 positions, got 257",
+            "ctx_len must be from prefill_seq_len (128) to the model's 256 positions, got 257",
         ),
         ("compile", {"ctx_len": 16, "prefill_seq_len": 17}, "ctx_len must be from prefill_seq_len (17)"),
         ("compile", {"num_cores": 0}, "num_cores must be a whole number of 1 or more, got 0"),
@@ -265,7 +265,7 @@ def test_end_of_text_ends_a_text_unless_ignored(tmp_path, capsys):
         (["--max-new-tokens=0"], "--max-new-tokens must be 1 or more, got 0"),
         (["--max-new-tokens=x"], "argument --max-new-tokens: invalid int value: 'x'"),
         (["--prefill-seq-len=-1"], "--prefill-seq-len must be 1 or more, got -1"),
-        (["--ctx-len=300"], "ctx_len must be from prefill_seq_len (32) to the model's 256 positions, got 300"),
+        (["--ctx-len=300"], "ctx_len must be from prefill_seq_len (128) to the model's 256 positions, got 300"),
         (["--prompt=" + "Z" * 257], "prompt must have at most ctx_len (256) tokens, got 257"),
         (["--model=nowhere"], "'nowhere'"),
         (["--dtype=bfloat16"], "argument --dtype/--precision: invalid choice: 'bfloat16'"),

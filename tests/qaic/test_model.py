@@ -133,7 +133,7 @@ def test_rows_of_unequal_lengths_are_what_they_are_alone(tiny, reference, compil
         np.testing.assert_allclose([step[row] for step in logits], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3, 7])  # None: all 8 positions, of which the default 32 are more
+@pytest.mark.parametrize("chunk", [None, 1, 3, 7])  # None: all 8 positions, of which the default 128 are more
 def test_rows_that_fill_the_context_are_what_they_are_alone(make_checkpoint, compiled, chunk):
     """The last chunk has no padding, which would be written to the last slot."""
     folder = make_checkpoint(n_layer=1, n_positions=8, vocab_size=11, bos_token_id=0, eos_token_id=0)
