@@ -12,7 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from qaic_gpt2 import generation, weight_loader
+from qaic_gpt2 import generation, quantizer, weight_loader
 from qaic_gpt2.files import (
     EXPORT_FORMAT,
     EXPORT_SIDECAR,
@@ -127,6 +127,8 @@ class QEFFAutoModelForCausalLM:
         bits = 8 if int8_matmul else 4 if int4_matmul else None
         if bits and self.dtype != "float32":
             raise ValueError(f"dtype must be float32 with int{bits}_matmul, got {self.dtype}")
+        if bits:
+            quantizer.check_blocks(self.config, bits)
         card |= {"mxfp6_matmul": mxfp6_matmul, "mxint8_kv_cache": mxint8_kv_cache} | compiler_options
         record = {"engine": ENGINE, "sizes": sizes, "bits": bits, "for_the_card": card}
         self.qpc_path = self._compile(Path(onnx_path or self.onnx_path or self.export()), compile_dir, record)

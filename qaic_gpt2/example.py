@@ -84,7 +84,7 @@ def compile_settings(args, config, rows, device):
     auto_model.check_sizes(config, **sizes)
     check_context(rows, ctx_len)
     if args.dtype in BITS:
-        quantizer.largest_block(config.n_embd, BITS[args.dtype])
+        quantizer.check_blocks(config, BITS[args.dtype])
     return sizes | {"num_cores": args.num_cores, "mxfp6_matmul": args.mxfp6_matmul}
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qaic_gpt2.exporter import add_external
 from qaic_gpt2.files import WEIGHTS, retained
-from qaic_gpt2.quantizer import blocks, largest_block
+from qaic_gpt2.quantizer import HEAD, blocks, largest_block
 from qaic_gpt2.runtime import start
 
 MS = "com.microsoft"
@@ -254,6 +254,8 @@ def read(program, graph, caches):
     head = graph.before(graph.before(graph.before("logits", "Cast").input[0], "Unsqueeze").input[0], "Gemm", transB=1)
     if graph.tensors[head.input[1]].data_type != TensorProto.FLOAT:
         raise Different("its weights are not float32")
+    if program.graph.input[2].type.tensor_type.shape.dim[3].dim_value % HEAD:
+        raise Different(f"its head's size is not a multiple of {HEAD}")
     norm = graph.before(head.input[0], "LayerNormalization")
     x = next(node for node in program.graph.node if node.op_type == "LayerNormalization").input[0]
     first, layers = graph.before(x, "Reshape"), []

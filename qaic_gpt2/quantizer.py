@@ -2,6 +2,7 @@
 
 import numpy as np
 
+HEAD = 8  # a head's size must be a multiple of it in onnxruntime's GroupQueryAttention
 BLOCKS = {8: (128, 64, 32, 16), 4: (32, 16)}  # the largest that divides a row; 4 bits need the finer scales
 
 
@@ -17,6 +18,14 @@ def blocks(weight, size, bits=8):
     values += middle
     values = np.clip(values, 0, 2 * middle - 1, out=values).astype(np.uint8)
     return values if bits == 8 else values[..., 0::2] | values[..., 1::2] << 4, scales[..., 0]
+
+
+def check_blocks(config, bits):
+    """A ValueError if a model cannot have blocks: its program needs the fused operators."""
+    largest_block(config.n_embd, bits)
+    if config.n_embd // config.n_head % HEAD:
+        sizes = f"{config.n_embd} and {config.n_head}"
+        raise ValueError(f"n_embd / n_head must be a multiple of {HEAD} with int{bits}, got {sizes}")
 
 
 def largest_block(n_in, bits=8):

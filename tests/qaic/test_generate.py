@@ -280,11 +280,17 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, capsys):
     assert message in refused(capsys, *flags)
 
 
-def test_int8_of_a_width_without_blocks_is_one_line(make_checkpoint, capsys):
-    folder = make_checkpoint(n_layer=1, n_embd=24)
+@pytest.mark.parametrize(
+    ("n_embd", "message"),
+    [
+        (24, "n_embd must be a multiple of 16 with int8, got 24"),
+        (16, "n_embd / n_head must be a multiple of 8 with int8, got 16 and 4"),
+    ],
+)
+def test_int8_of_a_width_without_blocks_is_one_line(make_checkpoint, capsys, n_embd, message):
+    folder = make_checkpoint(n_layer=1, n_embd=n_embd)
     shutil.copy(NANO / "vocab.json", folder)
     shutil.copy(NANO / "merges.txt", folder)
-    message = "n_embd must be a multiple of 16 with int8, got 24"
     with pytest.raises(ValueError, match=message):
         QEFFAutoModelForCausalLM.from_pretrained(folder).compile(int8_matmul=True)
     assert message in refused(capsys, "--dtype=int8", "--prompt=0", model=folder)

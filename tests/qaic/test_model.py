@@ -303,6 +303,16 @@ def test_a_graph_that_computes_something_else_is_compiled_as_it_is(tiny, tmp_pat
         model.compile(path, ctx_len=64, int8_matmul=True)
 
 
+@pytest.mark.parametrize("n_head", [64, 16])
+def test_heads_that_the_operator_refuses_are_compiled_as_they_are(make_checkpoint, compiled, n_head):
+    """Of sizes that are no multiple of 8."""
+    folder, ids = make_checkpoint(n_layer=1, n_head=n_head), [[5, 3, 9, 1]]
+    model = compiled(folder)
+    expected = expected_logits(transformers.GPT2LMHeadModel.from_pretrained(folder).eval(), ids)[:, -1]
+    np.testing.assert_allclose(model.session.prefill(ids), expected, atol=1e-4)
+    assert "GroupQueryAttention" not in operators(model.qpc_path)
+
+
 def test_a_compiled_model_starts_without_torch_transformers_and_onnx(tiny):
     code = (
         "import sys; from pathlib import Path; from qaic_gpt2 import bench, example; "
