@@ -86,6 +86,12 @@ def test_real_installation_is_not_shadowed(tmp_path):
     assert done.stdout.split() == ["None", "False", "False"], done.stderr
 
 
+def test_waiting_threads_sleep(monkeypatch):
+    for given, policy in (None, "PASSIVE"), ("ACTIVE", "ACTIVE"):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        assert python("import os; print(os.environ['OMP_WAIT_POLICY'])").stdout.split() == [policy]
+
+
 def test_other_version_is_refused(tmp_path):
     folder = tmp_path / "nvtripy-0.1.6.dist-info"
     folder.mkdir()

@@ -4,6 +4,7 @@ If `mlir_tensorrt`, the compiler and runtime of nvtripy, can be imported, nothin
 nvtripy's own front end runs unchanged, torch executes its Trace on the CPU, and ENGINE says so.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -18,6 +19,8 @@ def _activate() -> str:
         raise ImportError(f"nvtripy is not installed: pip install --no-deps nvtripy=={NVTRIPY}") from None
     if found != NVTRIPY:
         raise ImportError(f"nvtripy {found} does not run on the CPU: pip install --no-deps nvtripy=={NVTRIPY}")
+    # threads sleep while they wait: with one busy neighbour, threads that spin made a small model 70 times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     import torch
 
     from . import runtime
