@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import jax
 import numpy as np
 
 from jax_nanogpt import sampler
-from jax_nanogpt.model import count_params
 from jax_nanogpt.sample import dashed
 from shared.tokenizer import find_model
 
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}  # what --dtype takes, and the width of the weights
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}  # what --dtype takes, and the weights' width
 PROMPT = 16
 
 
@@ -36,8 +36,8 @@ def describe(engine):
 
 def step_bytes(engine):
     """What a decode step reads of the weights: of the position embeddings, one row."""
-    params = count_params(engine.config) - engine.config.block_size * engine.config.n_embd
-    return params * (4 if engine.config.dtype == "float32" else 2)
+    wpe = engine.params["wpe"]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)) - wpe.nbytes + wpe[0].nbytes
 
 
 def greedy(engine, ids, count):

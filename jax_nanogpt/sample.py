@@ -15,18 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 
-from jax_nanogpt import sampler, weight_loader
-from jax_nanogpt.checkpoint import Checkpoints
+from jax_nanogpt import narrow, sampler, weight_loader
 from jax_nanogpt.device import DEVICES, choose_devices, describe
 from jax_nanogpt.files import save_dump
-from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT, count_params
 from jax_nanogpt.sampler import Sampling
 from shared.sampling import check_sampling
 from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
 
 # of --verify: differences of logits, relative to the largest
-LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, "int8": 5e-2}
 
 
 def make_parser():
@@ -44,7 +42,7 @@ def make_parser():
     add("--top-k", type=int, default=200, help="(default: %(default)s)")
     add("--top-p", type=float, help="nucleus sampling (default: off)")
     add("--seed", type=int, default=1337, help="(default: %(default)s)")
-    add("--dtype", default="float32", choices=weight_loader.DTYPES, help="(default: %(default)s)")
+    add("--dtype", default="float32", choices=LIMITS, help="(default: %(default)s)")
     add("--device", default="auto", choices=DEVICES, help="(default: %(default)s)")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
     add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
@@ -72,8 +70,12 @@ def check(args):
 
 
 def load(args, dtype):
-    """(name, why the default is this one, the tokenizer's folder, GPTConfig, params) of --model or --out-dir."""
+    """(name, why the default is this one, the tokenizer's folder, GPTConfig, params) of --model or --out-dir; for int8
+    in float32."""
+    dtype = "float32" if dtype == "int8" else dtype
     if args.model == "resume" or args.model is None and args.out_dir:
+        from jax_nanogpt.checkpoint import Checkpoints  # here, since importing Orbax takes a second
+
         out_dir = args.out_dir or "out"
         checkpoints = Checkpoints(out_dir)
         step = checkpoints.best()
@@ -119,17 +121,17 @@ def generate(args, model, params, tokenizer, prompt):
         save_dump(args.dump, prompt, samples[0], np.concatenate(rows))
 
 
-def verify(model, params, exact, prompt):
+def verify(model, params, exact, prompt, limit):
     """The difference of the logits from those of float32 on the CPU, with the params exact; status 1 if too large."""
     tokens = np.array([prompt[-model.config.block_size :]])
-    logits, _ = jax.jit(model.apply)({"params": params}, tokens)
+    logits, _ = jax.jit(model.apply)({"params": jax.jit(narrow.unpack)(params)}, tokens)
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
         plain = GPT(replace(model.config, dtype="float32"))
         expected, _ = jax.jit(plain.apply)({"params": jax.device_put(exact, cpu)}, tokens)
     apart = np.abs(np.asarray(logits) - np.asarray(expected)).max() / np.abs(expected).max()
-    on_tpu = jax.default_backend() == "tpu"  # which multiplies float32 in bfloat16
-    limit = LIMITS["bfloat16" if on_tpu else model.config.dtype]
+    if jax.default_backend() == "tpu":  # it multiplies float32 in bfloat16
+        limit = LIMITS["bfloat16"]
     verdict = "as expected" if apart <= limit else "NOT as expected"
     print(f"logits are within {apart:.1e} of the CPU's float32, relative to the largest: {verdict} (up to {limit:g})")
     return int(not apart <= limit)  # NaN is not
@@ -147,14 +149,14 @@ def main(argv=None):
         exact = load(args, "float32")[-1] if args.verify else None
         tokenizer = load_tokenizer(folder)
         prompt = encode_prompt(tokenizer, args.prompt, config.vocab_size)
+        model, params = sampler.prepare(config, params, device, args.dtype)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     size = f"{count_params(config) / 1e6:.1f}M parameters"
-    print(f"{name} ({size}) on {describe([device], args.dtype)}{why}", flush=True)
-    model = GPT(config, choose_kernels(device, args.dtype))
+    print(f"{name} ({size}) on {describe([device])}{why}", flush=True)
     try:
         if args.verify:
-            return verify(model, params, exact, prompt)
+            return verify(model, params, exact, prompt, LIMITS[args.dtype])
         return generate(args, model, params, tokenizer, prompt)
     except OSError as error:  # a full disk
         parser.error(str(error))

@@ -5,6 +5,7 @@ tokens, and that moves every token to another position embedding: the KV cache i
 So past block_size the scan carries the window of tokens, and each step recomputes all of it.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nanogpt import weight_loader
+from jax_nanogpt import narrow, weight_loader
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.kernels import choose_kernels
-from jax_nanogpt.model import GPT, init_cache
+from jax_nanogpt.model import GPT, Kernels, init_cache
+
+jit = partial(jax.jit, compiler_options=narrow.COMPILER_OPTIONS)
 
 CHUNK = 32  # tokens of one jitted call: after each the text is printed, and its end noticed
 
@@ -48,29 +51,34 @@ def keys_at(key, batch, position):
     return jax.vmap(lambda sample: jax.random.fold_in(jax.random.fold_in(key, sample), position))(jnp.arange(batch))
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "batch"))
+@partial(jit, static_argnames=("model", "slots", "batch"))
 def prefill(model, params, prompt, length, slots, batch):
     """Reads the first `length` tokens of prompt [R, P]. Returns the logits [B, V] of the next token, and the cache, of
     B = batch * R texts."""
     cache = init_cache(model.config, len(prompt), slots)
-    logits, cache = model.apply({"params": params}, prompt, cache, 0, only=length - 1)
+    logits, cache = model.apply({"params": narrow.unpack(params)}, prompt, cache, 0, only=length - 1)
     return jnp.repeat(logits[:, 0], batch, axis=0), [jnp.repeat(layer, batch, axis=1) for layer in cache]
 
 
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
-def step(model, params, tokens, cache, position):
+def read_token(model, params, tokens, cache, position):
     """The logits [B, V] after tokens [B] at a position, and the cache with them in it."""
-    logits, cache = model.apply({"params": params}, tokens[:, None], cache, position)
+    # the barrier keeps XLA from widening narrow weights once, before the loop: it would then read the wide ones
+    params, tokens = lax.optimization_barrier((params, tokens))
+    logits, cache = model.apply({"params": narrow.unpack(params)}, tokens[:, None], cache, position)
     return logits[:, 0], cache
 
 
-@partial(jax.jit, static_argnames=("model",))
-def step_past(model, params, window):
+def read_window(model, params, window):
     """The logits [B, V] after a window [B, block_size]."""
+    params = narrow.unpack(params)
     return model.apply({"params": params}, window, only=window.shape[1] - 1)[0][:, 0]
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "count"), donate_argnames=("cache",))
+step = jit(read_token, static_argnames=("model",), donate_argnames=("cache",))
+step_past = jit(read_window, static_argnames=("model",))
+
+
+@partial(jit, static_argnames=("model", "sampling", "count"), donate_argnames=("cache",))
 def decode(model, params, sampling, key, start, cache, count):
     """Generates count tokens with the cache. start is the position of the first and the logits [B, V] of its draw.
 
@@ -80,21 +88,21 @@ def decode(model, params, sampling, key, start, cache, count):
     def draw(carry, _):
         (position, logits), cache = carry
         tokens = choose(logits, sampling, keys_at(key, len(logits), position))
-        new_logits, new_cache = step(model, params, tokens, cache, position)
+        new_logits, new_cache = read_token(model, params, tokens, cache, position)
         return ((position + 1, new_logits), new_cache), (tokens, logits)
 
     (start, cache), (tokens, rows) = lax.scan(draw, (start, cache), length=count)
     return start, cache, tokens, rows
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "count"))
+@partial(jit, static_argnames=("model", "sampling", "count"))
 def slide(model, params, sampling, key, start, count):
     """Generates count tokens past block_size. start is the position of the first, and the window [B, block_size] before
     it. Returns the tokens [count, B], and the logits [count, B, V] they were drawn from."""
 
     def draw(carry, _):
         position, window = carry
-        logits = step_past(model, params, window)
+        logits = read_window(model, params, window)
         tokens = choose(logits, sampling, keys_at(key, len(window), position))
         window = jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1)
         return (position + 1, window), (tokens, logits)
@@ -161,5 +169,14 @@ class Engine:
 def load(folder, dtype="float32", device="auto"):
     """The Engine of a checkpoint folder; ValueError says what is wrong with it, or with the device."""
     chosen = choose_devices(device)[0]
-    config, params = weight_loader.load(folder, dtype)
-    return Engine(GPT(config, choose_kernels(chosen, dtype)), params, chosen)
+    return Engine(*prepare(*weight_loader.load(folder, "float32" if dtype == "int8" else dtype), chosen, dtype), chosen)
+
+
+def prepare(config, params, device, dtype):
+    """The model and the params for sampling on a device, with weights of that dtype."""
+    if device.platform == "cpu" and dtype != "float32":
+        config = replace(config, dtype="float32")
+        return GPT(config, Kernels(dot_general=narrow.dot_general)), narrow.pack(params, dtype)
+    if dtype == "int8":
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16 on a {device.platform}, got int8")
+    return GPT(config, choose_kernels(device, dtype)), params

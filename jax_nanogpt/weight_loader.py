@@ -21,7 +21,6 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
-from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_file, write_text
 from jax_nanogpt.model import GPTConfig
 from shared.tokenizer import END_OF_TEXT, byte_of_character, load_tokenizer
@@ -240,6 +239,8 @@ def main(argv=None):
     add("--to", required=True, help="the folder to write, in Hugging Face's format")
     add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
     args = parser.parse_args(argv)
+    from jax_nanogpt.checkpoint import Checkpoints  # here, since importing Orbax takes a second
+
     try:
         checkpoints = Checkpoints(args.out_dir)
         config, params = checkpoints.restore_model(checkpoints.best())

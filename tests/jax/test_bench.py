@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -29,11 +28,20 @@ def test_score_and_greedy_are_transformers(checkpoint):
     assert continued == rows[4:-1].argmax(axis=1).tolist() and len(set(continued)) > 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_reads_the_weights_and_one_position_embedding(dtype, checkpoint):
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2), ("int8", 1)])
+def test_a_step_reads_the_weights_and_one_position_embedding(dtype, width, checkpoint):
     engine = bench.load(checkpoint[0], dtype)
-    held = sum(array.nbytes for array in jax.tree.leaves(engine.params)) - engine.params["wpe"].nbytes
-    assert bench.step_bytes(engine) == held
+    C, V = engine.config.n_embd, engine.config.vocab_size
+    matrices, vectors = 12 * C**2 + V * C, 16 * C  # one layer: 9 C of biases, three layer norms, a row of positions
+    scales = 4 * (9 * C + V) if dtype == "int8" else 0
+    assert bench.step_bytes(engine) == width * matrices + max(width, 4 * (width == 1)) * vectors + scales
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.01), ("int8", 0.03)])
+def test_narrow_weights_change_the_scores_little(dtype, limit, checkpoint):
+    exact, ids = bench.score(bench.load(checkpoint[0], "float32"), range(20)), range(20)
+    apart = np.abs(bench.score(bench.load(checkpoint[0], dtype), ids) - exact).max() / np.abs(exact).max()
+    assert 1e-5 < apart < limit
 
 
 def test_the_last_line_of_output_is_one_json_document(checkpoint, monkeypatch, capsys):

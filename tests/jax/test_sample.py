@@ -127,7 +127,7 @@ def test_end_of_text_ends_each_sample_unless_ignored(talker, run, tmp_path):
 
 
 @pytest.mark.parametrize("beyond", [False, True])
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-3), ("bfloat16", 3e-2), ("float16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-3), ("bfloat16", 3e-2), ("float16", 1e-2), ("int8", 5e-2)])
 def test_verify_fails_if_logits_are_further_apart_than_the_limit(dtype, limit, beyond, out_dir, monkeypatch, capsys):
     """The last layer norm's scale is a factor of the logits: here it is right, or too large by more than the limit."""
     load = sample.load
@@ -161,7 +161,7 @@ def test_verify_fails_if_logits_are_further_apart_than_the_limit(dtype, limit, b
         (["--init_from=nowhere"], "'nowhere'"),
         (["--out_dir=nowhere"], "nowhere"),
         (["--start=FILE:nowhere"], "nowhere"),
-        (["--dtype=int8"], "--dtype"),
+        (["--dtype=int4"], "--dtype"),
         (["--dump=nowhere/d.npz"], "--dump must be a file in an existing folder, got nowhere/d.npz"),
         (["--dump=/tmp"], "--dump must be a file in an existing folder, got /tmp"),
         (["--dump="], "--dump must be a file in an existing folder, got "),
