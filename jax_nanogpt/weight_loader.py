@@ -8,6 +8,7 @@ Names and [in, out] kernels are the same in the file and in the model, so that l
 
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -19,21 +20,47 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_file, write_text
 from jax_nanogpt.model import GPTConfig
 from shared.tokenizer import END_OF_TEXT, byte_of_character, load_tokenizer
 
+FLOAT_NAMES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # in the file
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def load_file(file):
-    """safetensors', which raises an AttributeError for a dtype that NumPy lacks, such as float8_e4m3fn."""
+    """Like safetensors', which maps the file into memory and copies it: a float tensor is read once, to an address that
+    JAX takes over without another copy. Raises a ValueError for a dtype that NumPy lacks, such as float8_e4m3fn."""
+    tensors = {}
+    with safe_open(file, "numpy") as header, open(file, "rb") as content:
+        content.seek(8 + int.from_bytes(content.read(8), "little"))
+        for name in header.offset_keys():  # without gaps
+            part = header.get_slice(name)
+            shape, dtype = part.get_shape(), FLOAT_NAMES.get(part.get_dtype())
+            if dtype is None or 0 in shape:
+                tensors[name] = other_tensor(file, header, name)
+                content.seek(getattr(tensors[name], "nbytes", 0), 1)
+                continue
+            tensors[name] = aligned(math.prod(shape) * np.dtype(dtype).itemsize)
+            content.readinto(tensors[name])
+            tensors[name] = tensors[name].view(dtype).reshape(shape)
+    return tensors
+
+
+def other_tensor(file, header, name):
     try:
-        return safetensors.numpy.load_file(file)
+        return header.get_tensor(name)
     except AttributeError as error:
-        raise ValueError(f"{file}: each tensor must be floating-point, got {error.name}") from None
+        raise ValueError(f"{file}: {name} must be floating-point, got {error.name}") from None
+
+
+def aligned(size):
+    """Bytes at a multiple of 64."""
+    spare = np.empty(size + 64, np.uint8)
+    start = -spare.ctypes.data % 64
+    return spare[start : start + size]
 
 
 # From here to check_tensor the text is the same in each project's weight_loader.py.

@@ -34,14 +34,15 @@ DTYPES = {  # what --dtype takes, and the width of the weights
     "int4-awq-fast": "int4",
     "float8": "float8",
 }
+EXECUTABLES = Path("executables")  # in the current folder
 PROMPT = 16
 
 
 def load(folder, dtype, device="auto"):
     if not DTYPES[dtype].startswith(("int", "float8")):
-        return engines.load(folder, dtype, device)
+        return engines.load(folder, dtype, device, executables=EXECUTABLES)
     mode = dtype.removesuffix("-fast")
-    return engines.load(folder, "float32", device, Quantization(mode, fast=mode != dtype))
+    return engines.load(folder, "float32", device, Quantization(mode, fast=mode != dtype), EXECUTABLES)
 
 
 def describe(engine):

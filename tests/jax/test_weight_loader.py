@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jax_nanogpt import weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
@@ -46,6 +46,17 @@ def test_what_is_written_loads_in_transformers(dtype, params, tmp_path):
     config, loaded = weight_loader.load(tmp_path, dtype)
     assert config == replace(CONFIG, dtype=dtype)
     assert jax.tree.all(jax.tree.map(lambda p, q: np.array_equal(p.astype(dtype), q), params, loaded))
+
+
+def test_tensors_are_those_of_safetensors_at_addresses_that_jax_takes_over(tmp_path):
+    arrays = {"a": np.arange(3, dtype=np.int8), "b": np.arange(99, dtype=np.float16), "c": np.ones((2, 0), np.float32)}
+    arrays |= {"d": np.arange(6.0, dtype=np.float32).reshape(2, 3), "e": np.float64(7)[None], "f": np.zeros(5, bool)}
+    save_file(arrays, tmp_path / "m.safetensors")
+    loaded = weight_loader.load_file(tmp_path / "m.safetensors")
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array, strict=True)
+    assert loaded["b"].ctypes.data % 64 == loaded["d"].ctypes.data % 64 == 0
 
 
 def test_a_model_without_biases_is_written_with_zeros(params, tmp_path):
