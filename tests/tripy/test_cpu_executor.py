@@ -86,10 +86,10 @@ def test_real_installation_is_not_shadowed(tmp_path):
     assert done.stdout.split() == ["None", "False", "False"], done.stderr
 
 
-def test_waiting_threads_sleep(monkeypatch):
-    for given, policy in (None, "PASSIVE"), ("ACTIVE", "ACTIVE"):
-        monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        assert python("import os; print(os.environ['OMP_WAIT_POLICY'])").stdout.split() == [policy]
+def test_waiting_threads_soon_sleep(monkeypatch):
+    for given, count in (None, "10000"), ("7", "7"):
+        monkeypatch.setenv("GOMP_SPINCOUNT", given) if given else monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        assert python("import os; print(os.environ['GOMP_SPINCOUNT'])").stdout.split() == [count]
 
 
 def test_other_version_is_refused(tmp_path):

@@ -19,8 +19,8 @@ def _activate() -> str:
         raise ImportError(f"nvtripy is not installed: pip install --no-deps nvtripy=={NVTRIPY}") from None
     if found != NVTRIPY:
         raise ImportError(f"nvtripy {found} does not run on the CPU: pip install --no-deps nvtripy=={NVTRIPY}")
-    # threads sleep while they wait: with one busy neighbour, threads that spin made a small model 70 times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+    # waiting threads soon sleep: with one busy neighbour, threads that spin made a small model 70 times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported
     import torch
 
     from . import runtime
