@@ -1,10 +1,11 @@
 """CPU-specific kernels that replace the model's, and the layout of the weights that they read.
 
-A decode step multiplies one row by each weight, and memory sets its pace. float32 weights are laid out as MKL reads
-them fastest. bfloat16 and int8 weights are packed by FBGEMM, which widens them in registers on any x86 CPU with AVX2.
+A decode step multiplies one row by each weight, and memory sets its pace. float32 weights are read where they are, by
+all threads. bfloat16 and int8 weights are packed by FBGEMM, which widens them in registers on any x86 CPU with AVX2.
 Activations are float32 in any case.
 """
 
+import math
 import warnings
 from functools import partial
 
@@ -96,20 +97,33 @@ def packed(module):
     return {f"{name}.packed": part.packed for name, part in module.named_modules() if isinstance(part, PackedLinear)}
 
 
-def lay_out(gpt):
-    """Stores the longer side of each float32 weight without gaps: MKL then reads a third more of it in a second.
+@torch.jit.script
+def row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int):
+    """x times weight [in, out]. MKL multiplies one row on one thread: here the threads share the inputs, in parts."""
+    if x.numel() != weight.size(0):
+        return F.linear(x, weight.t(), bias)
+    sums = torch.bmm(x.reshape(parts, 1, -1), weight.reshape(parts, -1, weight.size(1))).sum(0)
+    y = sums if bias is None else sums + bias
+    return y.reshape(x.shape[:-1] + [weight.size(1)])
 
-    GPT-2's files have it so, except for the head and the second product of each MLP.
-    """
-    for module in gpt.modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight
-            weight = weight.contiguous() if module.in_features > module.out_features else weight.t().contiguous().t()
-            module.weight = nn.Parameter(weight, requires_grad=False)
+
+class RowLinear(nn.Module):
+    """nn.Linear whose weight is stored as [in, out]: as in GPT-2's files, but for the head."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.weight = nn.Parameter(plain.weight.t().contiguous(), requires_grad=False)
+        self.bias = plain.bias
+        self.parts = math.gcd(plain.in_features, max(8, 1 << (torch.get_num_threads() - 1).bit_length()))
+
+    def forward(self, x):
+        return row_linear(x, self.weight, self.bias, self.parts)
 
 
 def replace_linears(gpt, dtype):
-    make = {"bfloat16": HalfLinear, "int8": Int8Linear}[dtype] if FBGEMM else partial(widened, dtype=dtype)
+    make = {"float32": RowLinear, "bfloat16": HalfLinear, "int8": Int8Linear}[dtype]
+    if dtype != "float32" and not FBGEMM:
+        make = partial(widened, dtype=dtype)
     for module in [*gpt.modules()]:
         for name, child in [*module.named_children()]:
             if isinstance(child, nn.Linear):
@@ -138,10 +152,7 @@ def attend(
 
 def prepare(gpt, dtype="float32"):
     """Gives a float32 model the CPU's kernels, in place, for weights of this dtype; the embeddings stay."""
-    if dtype == "float32":
-        lay_out(gpt)
-    else:
-        replace_linears(gpt, dtype)
+    replace_linears(gpt, dtype)
     for block in gpt.h:
         block.attn.attend = attend
     return gpt

@@ -175,8 +175,9 @@ def test_products_of_other_ranks(left, right):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_products_of_one_row_whose_outputs_are_uneven_among_threads(threads):
-    before, weight, x = torch.get_num_threads(), torch.randn(160, 193), torch.randn(1, 1, 160)
+@pytest.mark.parametrize("inputs", [160, 161])
+def test_the_threads_share_the_product_of_one_row(inputs, threads):
+    before, weight, x = torch.get_num_threads(), torch.randn(inputs, 193), torch.randn(1, 1, inputs)
     kept = tp.Tensor(weight)
     torch.set_num_threads(threads)
     try:
