@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 TOX = .venv/bin/tox
 
-.PHONY: test avx2 demo bench fuzz mutants kills versions clean
+.PHONY: test avx2 demo bench peers fuzz mutants kills versions clean
 
 test: $(TOX)
 	$(TOX) run-parallel --parallel-no-spinner
@@ -20,6 +20,10 @@ demo: $(TOX)
 
 bench: $(TOX)
 	@$(TOX) run -qq -e bench -- $(BENCH)
+
+# beside what a user would pick instead, each in an environment that is made first
+peers: $(TOX)
+	@$(TOX) run -qq -e bench -- --peers $(BENCH)
 
 # the tests of bad input and of shared, with many more examples, other ones each time
 fuzz: $(TOX)

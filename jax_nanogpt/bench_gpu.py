@@ -10,11 +10,9 @@ The last line of output is one JSON document. With a small --shape it runs on a 
 import argparse
 import json
 import os
-import resource
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +22,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer need
 import jax
 import numpy as np
 
-from jax_nanogpt.configurator import configure
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
@@ -32,8 +29,6 @@ from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.plan import SHAPES
 from jax_nanogpt.sampler import generate
 from jax_nanogpt.train import Config, train_iterations
-
-HERE = Path(__file__).resolve().parent
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4": 121}  # bfloat16, dense: NVIDIA's data sheets
 TINY = {"tiny": (2, 2, 64)}
@@ -51,77 +46,20 @@ def interleave(calls, rounds=5):
     return np.median(times, axis=0).tolist(), np.median(times / times[:, :1], axis=0).tolist()
 
 
-def bandwidth():
-    """Bytes/s that all cores read together: the best of ten passes over 256 MB of float32. NumPy's max waits for the
-    memory; its sum does too much arithmetic and measures a quarter less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = np.array_split(np.ones(2**26, np.float32), cores)
-    with ThreadPoolExecutor(cores) as pool:
-        return 2**28 / min(seconds(lambda: list(pool.map(np.max, parts))) for _ in range(10))
-
-
-def peak_mb(call):
-    """The process's peak memory: during the call on Linux, elsewhere since the process began."""
-    counters = Path("/proc/self/clear_refs")
-    if counters.exists():
-        counters.write_text("5", encoding="utf-8")  # resets the peak
-    call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def make_text(*args, **settings):
-    return list(generate(*args, **settings))
-
-
-class Report:
-    def __init__(self, device):
-        self.device, self.bandwidth, self.results = device, bandwidth(), []
-        self.on_cpu = device.platform == "cpu"  # else the peers and this bandwidth would be another machine's
-        print(f"{describe([device])}; memory bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
-
-    def add(self, row, ours, peers=(), peer_batch=None, read=0):
-        """Measures calls, prints a line, keeps the row and returns it.
-
-        row      work, model, dtype, batch, prompt_tokens and new_tokens of each text; with 1 new token the call is a
-                 prefill, and the prompt's tokens count
-        peers    [(suffix of the JSON's keys, name, call)], whose calls generate for peer_batch texts
-        read     bytes that one step must read from memory
-        """
-        batch, tokens = row["batch"], row["prompt_tokens"] if row["new_tokens"] == 1 else row["new_tokens"]
-        cold_s = seconds(ours)
-        jax.clear_caches()
-        peak = peak_mb(ours)
-        jax.clear_caches()
-        warm_s = seconds(ours)  # traced again, and loaded from the compilation cache
-        for *_, call in peers:
-            call()
-        (time_s, *peer_times), (_, *ratios) = interleave([ours, *(call for *_, call in peers)])
-        row |= {
-            "device": self.device.platform,
-            "engine": f"jax {jax.__version__}",
-            "compile_s": round(max(0, cold_s - time_s), 2),
-            "compile_cached_s": round(max(0, warm_s - time_s), 2),
-            "ttft_ms": round(time_s * 1e3, 2) if row["new_tokens"] == 1 else None,
-            "tokens_per_s": round(batch * tokens / time_s, 1),
-            "peer": None,
-            "ratio": None,
-            "mbu": round(read * tokens / time_s / self.bandwidth, 3) if read and self.on_cpu else None,
-            "peak_rss_mb": peak,
-        }
-        line = "{work:16} {model:12} {dtype:8} batch {batch:2} {tokens_per_s:10,.0f} tokens/s".format(**row)
-        peer_batch = peer_batch or batch
-        for (suffix, name, _), peer_s, ratio in zip(peers, peer_times, ratios, strict=True):
-            rate, ratio = peer_batch * tokens / peer_s, ratio * batch / peer_batch
-            row |= {f"peer{suffix}": {"name": name, "tokens_per_s": round(rate, 1)}, f"ratio{suffix}": round(ratio, 3)}
-            line += f", {ratio:6.2f} x {name} ({rate:,.0f})"
-        self.results.append(row)
-        print(line, flush=True)
-        return row
-
-
-def about(work, model, config, batch, prompt, new):
-    sizes = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}
-    return {"work": work, "model": model, "dtype": config.dtype} | sizes
+def measure(work, batch, tokens, ours, peer=None):
+    """The row of a call that trains on or samples so many tokens for each of a batch; peer is (its name, its call)."""
+    first_s = seconds(ours)
+    if peer:
+        peer[1]()
+    (time_s, *_), (*_, ratio) = interleave([ours, peer[1]] if peer else [ours])
+    row = {"work": work, "batch": batch, "tokens_per_s": round(batch * tokens / time_s, 1)}
+    row |= {"compile_s": round(max(0, first_s - time_s), 2), "peer": None, "ratio": None}
+    line = f"{work:8} batch {batch:2} {row['tokens_per_s']:10,.0f} tokens/s"
+    if peer:
+        row |= {"peer": peer[0], "ratio": round(ratio, 3)}
+        line += f", {ratio:.2f} x {peer[0]}"
+    print(line, flush=True)
+    return row
 
 
 def trainer(settings, model, examples):
@@ -136,12 +74,8 @@ def trainer(settings, model, examples):
     return train
 
 
-def shakespeare():
-    """config/train_shakespeare_char.py: the settings, the model, and the examples of one call."""
-    settings = configure(Config(), ["config/train_shakespeare_char.py"], HERE)
-    shape = {key: getattr(settings, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
-    size = settings.iters_per_call, 1, settings.batch_size, settings.block_size + 1
-    return settings, GPTConfig(vocab_size=65, **shape), np.random.default_rng(0).integers(65, size=size, dtype=np.int32)
+def make_text(*args):
+    return list(generate(*args))
 
 
 class Peer:
@@ -193,23 +127,24 @@ class Peer:
         return sample
 
 
-def bench(args, report, model, peer):
+def bench(args, device, model, peer):
     """Training, and sampling at batch 1 and 64."""
-    config, kind = model.config, report.device.device_kind
-    peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in kind), None)
+    config = model.config
+    peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device.device_kind), None)
     size = args.iters, 1, args.batch, args.block_size + 1
     examples = np.random.default_rng(0).integers(config.vocab_size, size=size, dtype=np.int32)
-    peers = [("", peer.name, peer.trainer(examples))] if peer else []
-    row = about("train", "random", config, args.batch, None, args.iters * args.block_size)
-    row = report.add(row, trainer(Config(warmup_iters=0), model, examples), peers)
+    ours = trainer(Config(warmup_iters=0), model, examples)
+    theirs = peer and (peer.name, peer.trainer(examples))
+    row = measure("train", args.batch, args.iters * args.block_size, ours, theirs)
     tflops = flops_per_token(config) * row["tokens_per_s"] / 1e12
     row |= {"parameters": count_params(config), "tflops": round(tflops, 3), "mfu": peak and round(tflops / peak, 4)}
     print(f"{tflops:.1f} TFLOP/s" + (f", {tflops / peak:.1%} of {peak:g}" if peak else ""), flush=True)
-    params = jax.tree.map(lambda p: p.astype("bfloat16"), init_params(config, jax.random.key(0)))
-    for work, samples in ("sample", 1), ("sample_batch64", 64):
-        peers = [("", peer.name, peer.sampler(samples, args.new_tokens))] if peer else []
-        row = about(work, "random", config, samples, 1, args.new_tokens)
-        report.add(row, partial(make_text, model, params, [0], args.new_tokens, samples), peers)
+    params, rows = jax.tree.map(lambda p: p.astype("bfloat16"), init_params(config, jax.random.key(0))), [row]
+    for samples in 1, 64:
+        ours = partial(make_text, model, params, [0], args.new_tokens, samples)
+        theirs = peer and (peer.name, peer.sampler(samples, args.new_tokens))
+        rows.append(measure("sample", samples, args.new_tokens, ours, theirs))
+    return rows
 
 
 def make_parser():
@@ -257,9 +192,9 @@ def main(argv=None):
     layers, heads, width = (SHAPES | TINY)[args.shape]
     vocab_size = GPTConfig.vocab_size if args.shape in SHAPES else 512
     config = GPTConfig(args.block_size, vocab_size, layers, heads, width, dtype="bfloat16")
-    report = Report(device)
-    bench(args, report, GPT(config, choose_kernels(device, config.dtype)), find_peer(config, device))
-    print(json.dumps({"project": "jax_nanogpt", "results": report.results}))
+    print(describe([device]), flush=True)
+    rows = bench(args, device, GPT(config, choose_kernels(device, config.dtype)), find_peer(config, device))
+    print(json.dumps({"project": "jax_nanogpt", "device": describe([device]), "results": rows}))
 
 
 if __name__ == "__main__":

@@ -2,35 +2,36 @@
 
     python bench_step.py [--to step.png]
 
-Every line adds one idea to those above it. All are compiled first and then measured interleaved, with PyTorch if it is
-installed.
+Every line adds one idea to those above it. All are compiled first and then measured interleaved.
 """
 
 import argparse
 import signal
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flax.linen as nn
 import jax
 import matplotlib
+import numpy as np
 
 from jax_nanogpt import model
-from jax_nanogpt.bench_gpu import interleave, shakespeare
+from jax_nanogpt.bench_gpu import interleave
+from jax_nanogpt.configurator import configure
 from jax_nanogpt.device import choose_devices, describe
 from jax_nanogpt.dropout import Dropout
 from jax_nanogpt.files import write_file
 from jax_nanogpt.kernels import choose_kernels
-from jax_nanogpt.model import GPT, init_params
+from jax_nanogpt.model import GPT, GPTConfig, init_params
 from jax_nanogpt.optimizer import make_optimizer
-from jax_nanogpt.train import train_iterations
+from jax_nanogpt.train import Config, train_iterations
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+HERE = Path(__file__).resolve().parent
 ROUNDS = 9
 
 
@@ -62,43 +63,36 @@ def trainer(settings, gpt, examples, per_call, dropout=Dropout):
     return train
 
 
+def shakespeare():
+    """config/train_shakespeare_char.py: the settings, the model, and the examples of ten iterations."""
+    settings = configure(Config(), ["config/train_shakespeare_char.py"], HERE)
+    shape = {key: getattr(settings, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
+    size = 10, 1, settings.batch_size, settings.block_size + 1
+    return settings, GPTConfig(vocab_size=65, **shape), np.random.default_rng(0).integers(65, size=size, dtype=np.int32)
+
+
 def programs(device):
-    """(those of our ideas, those of the peers): name -> call."""
+    """name -> call"""
     settings, config, examples = shakespeare()
     plain, rows = GPT(config), GPT(config, choose_kernels(device, "float32"))
     half = GPT(replace(config, dtype="bfloat16"), choose_kernels(device, "bfloat16"))
-    ideas = {
+    return {
         "plain JAX: an iteration a call": trainer(settings, plain, examples, 1, ThreefryDropout),
         "ten iterations in one call": trainer(settings, plain, examples, 10, ThreefryDropout),
         "dropout from a hash": trainer(settings, plain, examples, 10),
         "products of rows": trainer(settings, rows, examples, 10),
         "bfloat16 products": trainer(settings, half, examples, 10),
     }
-    if device.platform != "cpu" or not find_spec("torch"):
-        return ideas, {}
-    from jax_nanogpt import bench_peer
-
-    params = init_params(config, jax.random.key(0))
-    return ideas, {
-        "PyTorch, float32": bench_peer.trainer(config, params, examples),
-        "PyTorch, bfloat16 autocast": bench_peer.trainer(half.config, params, examples),
-    }
 
 
-def draw(times, peers, path):
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+def draw(times, path):
+    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     axes.barh(list(times), list(times.values()), color="tab:blue", height=0.65)
     for row, time_ms in enumerate(times.values()):
         axes.text(2, row, f"{time_ms:.0f}", va="center", color="white")
-    for (name, time_ms), style in zip(peers.items(), ("-", "--"), strict=False):
-        axes.axvline(time_ms, color="tab:orange", linestyle=style, label=f"{name}: {time_ms:.0f}")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(
-        xlabel="milliseconds an iteration of 12 × 96 tokens", xlim=(0, 1.1 * max(*times.values(), *peers.values(), 0))
-    )
-    if peers:
-        axes.legend(loc="lower right", framealpha=1)
+    axes.set(xlabel="milliseconds an iteration of 12 × 96 tokens", xlim=(0, 1.1 * max(times.values())))
     write_file(path, lambda part: figure.savefig(part, format="png", dpi=110, metadata={"Software": None}))
 
 
@@ -114,17 +108,16 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(describe([device]), flush=True)
-    ideas, peers = programs(device)
-    for call in (calls := [*ideas.values(), *peers.values()]):
+    ideas = programs(device)
+    for call in ideas.values():
         call()
-    times, ratios = interleave(calls, ROUNDS)
-    times_ms = [100 * time_s for time_s in times]  # of one of the ten iterations
-    for name, time_ms, ratio in zip([*ideas, *peers], times_ms, ratios, strict=True):
+    times, ratios = interleave(list(ideas.values()), ROUNDS)
+    times_ms = {name: 100 * time_s for name, time_s in zip(ideas, times, strict=True)}  # one of the ten iterations
+    for (name, time_ms), ratio in zip(times_ms.items(), ratios, strict=True):
         print(f"{name:32} {time_ms:6.1f} ms, {ratio:.2f} of the first")
     if args.to:
-        ours, theirs = zip(ideas, times_ms, strict=False), zip(peers, times_ms[len(ideas) :], strict=True)
         try:
-            draw(dict(ours), dict(theirs), args.to)
+            draw(times_ms, args.to)
         except OSError as error:
             parser.error(str(error))
 

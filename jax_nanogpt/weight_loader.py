@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from numpy import isfinite
 from safetensors import SafetensorError, safe_open
 
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_file, write_text
@@ -171,8 +170,12 @@ def check_tensor(name, tensor, shape):
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in FLOATS:
         raise ValueError(f"{name} must be floating-point, got {dtype}")
-    if not isfinite(tensor).all():
+    if not all_finite(tensor):
         raise ValueError(f"{name} holds NaN or infinity")
+
+
+def all_finite(array):
+    return np.isfinite(array).all()
 
 
 def param_path(name):

@@ -9,31 +9,38 @@ import importlib.metadata
 import io
 import json
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from neuron_nanogpt import graphs, kernels, model
+from neuron_nanogpt import graphs, kernels, model, weight_loader
 from neuron_nanogpt.files import write_files
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16", "int8")  # of the weights; int8 on the CPU alone
+DEVICES = ("auto", "cpu", "neuron")
 TARGETS = ("trn1", "trn2", "inf2")
 DRIVER = Path("/dev/neuron0")
 INDEX = "https://pip.repos.neuron.amazonaws.com"
 
 
-class ArtifactError(Exception):
+class ArtifactError(OSError):
     """A graph on disk that must not be loaded."""
 
 
-def choose(device="auto", target="trn1", compiler_args=(), cores=1):
+def choose(device="auto", target="trn1", compiler_args=(), cores=1, dtype="float32"):
     """The backend for --device; auto is a NeuronCore if there is one."""
     missing = why_no_neuron()
+    if device not in DEVICES:
+        raise ValueError(f"--device must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}, got {device}")
     if device == "neuron" and missing:
         install = "on a Neuron instance: pip install -r requirements.txt"
         raise ValueError(f"--device must be auto or cpu, got neuron: {missing} ({install})")
     if device == "neuron" or device == "auto" and not missing:
+        if dtype == "int8":
+            raise ValueError("--dtype must be float32 or bfloat16 on a NeuronCore, got int8: it is for the CPU here")
         return Neuron(target, compiler_args, cores)
     if cores > 1:
         raise ValueError(f"--cores must be 1 on the cpu, got {cores}")
@@ -57,31 +64,40 @@ class CPU:
 
     def __init__(self, missing=None):
         self.missing = missing  # why this is not a NeuronCore
-        self.plain = [name for name, dtype in DTYPES.items() if not kernels.can_pack(dtype)]
-        self.facts = {"device": "cpu", "plain_kernels": self.plain, "versions": {"torch": torch.__version__}}
+        self.facts = {"device": "cpu", "fbgemm": kernels.FBGEMM, "versions": {"torch": torch.__version__}}
 
-    def describe(self, *dtypes):
+    def describe(self, dtype):
         parts = [f"cpu: {self.software}"] + ([self.missing] if self.missing else [])
-        if plain := [dtype for dtype in dtypes if dtype in self.plain]:
-            parts.append(f"{' and '.join(plain)} by PyTorch's plain kernels")
+        if dtype != "float32" and not kernels.FBGEMM:
+            parts.append(f"{dtype} weights widened to float32, since this PyTorch lacks FBGEMM")
         return ", ".join(parts)
 
-    def prepare(self, gpt):
-        return kernels.prepare(gpt)
+    def weights_facts(self, folder):
+        """The graph takes the weights from the checkpoint at each start: it depends on the config alone."""
+        return {"config": asdict(weight_loader.read_config(folder))}
+
+    def prepare(self, gpt, dtype):
+        return kernels.prepare(gpt, dtype)
 
     def trace(self, module, inputs):
         """The graph without its weights: they are the model's, and every graph shares them."""
         graph = torch.jit.trace(module, inputs, check_trace=False)
         for name, tensor in module.state_dict().items():
-            set_tensor(graph, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))  # one number on disk
+            set_attribute(graph, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))  # one number on disk
+        for name in kernels.packed(module):
+            set_attribute(graph, name, kernels.pack_half(torch.zeros(1, 1)))
         return graph
 
     def load(self, file, module):
         """The graph, and its cache."""
         graph = torch.jit.load(file).eval()
-        for name, tensor in module.state_dict().items():
-            set_tensor(graph, name, tensor)
-        return torch.jit.freeze(graph), list(module.cache)  # the cache stays an attribute, since the graph writes to it
+        for name, value in (module.state_dict() | kernels.packed(module)).items():
+            set_attribute(graph, name, value)
+        return graph, list(module.cache)
+
+    def fill(self, cache, new):
+        """Copies keys or values into the cache: memory is taken for positions that are filled."""
+        cache[:, :, : new.shape[2]].copy_(new)
 
 
 class Neuron:
@@ -96,10 +112,17 @@ class Neuron:
         self.software = f"torch-neuronx {versions['torch-neuronx']}"
         self.facts = {"device": "neuron", "target": target, "compiler_args": self.compiler_args, "versions": versions}
 
-    def describe(self, *dtypes):
+    def describe(self, dtype):
         return f"neuron ({self.target}): {self.software}"
 
-    def prepare(self, gpt):
+    def weights_facts(self, folder):
+        """The graph's file holds the weights."""
+        return {"weights": weight_loader.fingerprint(folder)}
+
+    def prepare(self, gpt, dtype):
+        gpt = gpt.to(getattr(torch, dtype))
+        for parameter in gpt.parameters():
+            parameter.data = parameter.contiguous()
         return gpt
 
     def trace(self, module, inputs):
@@ -129,6 +152,9 @@ class Neuron:
             graph = torch_neuronx.DataParallel(graph, device_ids=devices, dim=0, set_dynamic_batching=False)
         return graph, cache
 
+    def fill(self, cache, new):
+        cache.copy_(F.pad(new, (0, 0, 0, cache.shape[2] - new.shape[2])))  # the whole state, as in AWS's T5 tutorial
+
     def states(self, graph):
         return [tensor for name, tensor in graph.named_parameters() if name.startswith("states.")]
 
@@ -140,19 +166,19 @@ def version(package):
         return None
 
 
-def set_tensor(graph, name, tensor):
+def set_attribute(graph, name, value):
     *path, leaf = name.split(".")
     for part in path:
         graph = getattr(graph, part)
-    setattr(graph, leaf, tensor)
+    setattr(graph, leaf, value)
 
 
 class Compiler:
     """The graphs of one checkpoint, by one backend, kept in the current directory."""
 
-    def __init__(self, backend, weights, dtype, recompile=False):
+    def __init__(self, backend, folder, dtype, recompile=False):
         self.backend, self.dtype, self.recompile = backend, dtype, recompile
-        self.facts = backend.facts | {"weights": weights, "dtype": dtype, "code": hash_code()}
+        self.facts = backend.facts | backend.weights_facts(folder) | {"dtype": dtype, "code": hash_code()}
         self.compile_s = 0.0
 
     def describe(self):
@@ -160,7 +186,7 @@ class Compiler:
 
     def prepare(self, gpt):
         """Converts a model in place, which spares the memory of a second one."""
-        return self.backend.prepare(gpt.to(DTYPES[self.dtype]))
+        return self.backend.prepare(gpt, self.dtype)
 
     def build(self, module, inputs, name):
         """The module's graph, reused from the file of this name or traced and saved there; and its cache."""
@@ -188,7 +214,8 @@ def find_artifact(path, wanted):
     data, given = read_artifact(path)
     for key, value in wanted.items():
         if given.get(key) != value:
-            return None, f"{key} changed" if key in ("weights", "code") else f"{key} was {given.get(key)}, is {value}"
+            hidden = key in ("weights", "config", "code")
+            return None, f"{key} changed" if hidden else f"{key} was {given.get(key)}, is {value}"
     return data, ""
 
 

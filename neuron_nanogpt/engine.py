@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 
 from neuron_nanogpt import weight_loader
 from neuron_nanogpt.compiler import Compiler, choose
@@ -37,12 +36,12 @@ class Settings:
 def load(folder, dtype="float32", device="auto", **settings):
     """The engine for a checkpoint's folder; a ValueError says what is wrong with it or with the settings."""
     settings = Settings(**settings)
-    backend = choose(device, settings.target, settings.compiler_args, settings.cores)
+    backend = choose(device, settings.target, settings.compiler_args, settings.cores, dtype)
     block_size = weight_loader.read_config(folder).block_size
     width = window_width(settings.seq_len, block_size)
     buckets = all_buckets(settings.buckets, block_size)
     gpt = weight_loader.load(folder)
-    compiler = Compiler(backend, weight_loader.fingerprint(folder), dtype, settings.recompile)
+    compiler = Compiler(backend, folder, dtype, settings.recompile)
     if settings.window:
         return Window(gpt, compiler, settings.batch, width)
     return Cached(gpt, compiler, settings.batch, buckets)
@@ -114,7 +113,7 @@ class Cached(Engine):
         self.rows = [[*row] for row in rows]
         logits, *new_cache = self.compute()
         for tensor, new in zip(cache, new_cache, strict=True):
-            tensor.copy_(F.pad(new, (0, 0, 0, tensor.shape[2] - new.shape[2])))
+            self.compiler.backend.fill(tensor, new)
         return logits.numpy()
 
     def decode(self, tokens):

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens of this call, S cache slots, H heads, D = C / H head s
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -76,12 +77,12 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        # from_pretrained draws no random numbers; on "meta", they would import half of PyTorch
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd))
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd))
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight
 
     def forward(self, ids, length=None, cache=None, positions=None):
         """Logits in float32, and new_cache: each layer's keys and values [B, H, T or S, D] in one flat list.
@@ -115,7 +116,8 @@ class GPT(nn.Module):
 def init_cache(config, batch, dtype=torch.float32):
     """Each layer's keys and values [B, H, S, D] in one flat list, with a slot for each position of the context."""
     shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-    return [torch.zeros(shape, dtype=dtype) for _ in range(2 * config.n_layer)]
+    # NumPy's zeros take memory when they are written to, torch's at once
+    return [torch.from_numpy(np.zeros(shape, np.float32)).to(dtype) for _ in range(2 * config.n_layer)]
 
 
 def count_params(config):

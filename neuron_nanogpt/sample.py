@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from neuron_nanogpt import weight_loader
-from neuron_nanogpt.compiler import DTYPES
 from neuron_nanogpt.model import count_params
 from neuron_nanogpt.run_model import add_sampling, check_text, dashed
 from shared.sampling import Sampler
@@ -23,7 +22,7 @@ def make_parser():
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_sampling(parser)
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
     return parser
 
@@ -60,7 +59,7 @@ def main(argv=None):
         device = choose_device(args.device)
         found = find_model(args.model)
         tokenizer = load_tokenizer(found.folder)
-        gpt = weight_loader.load(found.folder, DTYPES[args.dtype])
+        gpt = weight_loader.load(found.folder, getattr(torch, args.dtype))
         ids = encode_prompt(tokenizer, args.prompt, gpt.config.vocab_size)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -10,32 +10,26 @@ the artifact and printed, or refused. generate has three more keywords: sampler,
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
-import onnx
-import torch
-
-from qaic_gpt2 import compiler, exporter, generation, model, quantizer, weight_loader
-from qaic_gpt2.files import ArtifactError, sha256, write_folder
+from qaic_gpt2 import generation, quantizer, weight_loader
+from qaic_gpt2.files import (
+    EXPORT_FORMAT,
+    EXPORT_SIDECAR,
+    FORMAT,
+    GRAPH,
+    WEIGHTS,
+    ArtifactError,
+    home,
+    sha256,
+    write_folder,
+)
 from qaic_gpt2.runtime import ENGINE, Session
 from shared.tokenizer import find_model
 
 
-def home():
-    """The folder of artifacts without an export_dir: QEfficient's rule, with a folder of our own."""
-    if path := os.environ.get("QEFF_HOME"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qaic_gpt2")
-
-
 def short_hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def code_hash(*modules):
-    """SHA-256 of the source that writes an artifact: changed code writes another artifact."""
-    return " ".join(sha256(Path(module.__file__)) for module in modules)
 
 
 def check_sizes(config, batch_size, prefill_seq_len, ctx_len):
@@ -74,22 +68,27 @@ class QEFFAutoModelForCausalLM:
         return cls(find_model(name).folder, dtype)
 
     def __repr__(self):
+        import torch
+
+        from qaic_gpt2 import model
+
         with torch.device("meta"):
             return f"{type(self).__name__}\n{model.GPT(self.config)}"
 
     def export(self, export_dir=None):
-        """The path of the ONNX file. Its folder is named by the weights, the dtype and the code, and written once."""
-        code = code_hash(model, weight_loader, exporter)
+        """The path of the ONNX file. Its folder is named by the weights, the dtype and the format, and written once."""
         try:
-            key = short_hash(f"{weight_loader.digest(self.folder)} {self.dtype} torch {torch.__version__} {code}")
+            key = short_hash(f"{weight_loader.digest(self.folder)} {self.dtype} {EXPORT_FORMAT}")
             folder = Path(export_dir or home(), f"GPT2LMHeadModel-{key}")
             gpt = None if folder.is_dir() else weight_loader.load(self.folder, self.dtype)
         except ValueError as error:
             raise ArtifactError(error) from None
         if gpt:
+            from qaic_gpt2 import exporter
+
             with write_folder(folder) as temporary:
                 exporter.export(gpt, temporary)
-        self.onnx_path = folder / exporter.GRAPH
+        self.onnx_path = folder / GRAPH
         return self.onnx_path
 
     def compile(
@@ -106,14 +105,16 @@ class QEFFAutoModelForCausalLM:
         mxfp6_matmul=False,
         mxint8_kv_cache=False,
         int8_matmul=False,
+        int4_matmul=False,
         **compiler_options,
     ):
-        """The path of the artifact. Settings for a card are recorded in it; int8_matmul is for a CPU only.
+        """The path of the artifact. Settings for a card are recorded in it; int8_matmul and int4_matmul are for a CPU.
 
-        By default ctx_len is QEfficient's 128 and prefill_seq_len 32, or less for a model with fewer positions.
+        By default both lengths are 128, or less for a model with fewer positions: on a CPU, QEfficient's 32 for
+        prefill_seq_len is slower.
         """
         ctx_len = min(128, self.config.block_size) if ctx_len is None else ctx_len
-        prefill_seq_len = min(32, ctx_len) if prefill_seq_len is None else prefill_seq_len
+        prefill_seq_len = min(128, ctx_len) if prefill_seq_len is None else prefill_seq_len
         sizes = {"batch_size": batch_size, "prefill_seq_len": prefill_seq_len, "ctx_len": ctx_len}
         check_sizes(self.config, **sizes)
         card = {"num_cores": num_cores, "num_devices": num_devices}
@@ -121,10 +122,15 @@ class QEFFAutoModelForCausalLM:
             check_whole(name, value)
         if full_batch_size is not None:
             raise ValueError(f"full_batch_size must be None on a CPU, got {full_batch_size!r}")
-        if int8_matmul and self.dtype != "float32":
-            raise ValueError(f"dtype must be float32 with int8_matmul, got {self.dtype}")
+        if int8_matmul and int4_matmul:
+            raise ValueError("int4_matmul must be False with int8_matmul, got True")
+        bits = 8 if int8_matmul else 4 if int4_matmul else None
+        if bits and self.dtype != "float32":
+            raise ValueError(f"dtype must be float32 with int{bits}_matmul, got {self.dtype}")
+        if bits:
+            quantizer.check_blocks(self.config, bits)
         card |= {"mxfp6_matmul": mxfp6_matmul, "mxint8_kv_cache": mxint8_kv_cache} | compiler_options
-        record = {"engine": ENGINE, "sizes": sizes, "int8_matmul": int8_matmul, "for_the_card": card}
+        record = {"engine": ENGINE, "sizes": sizes, "bits": bits, "for_the_card": card}
         self.qpc_path = self._compile(Path(onnx_path or self.onnx_path or self.export()), compile_dir, record)
         self._session = None
         unused = ", ".join(f"{name}={value}" for name, value in card.items() if value)
@@ -135,10 +141,12 @@ class QEFFAutoModelForCausalLM:
         """The artifact's folder, named by what it is compiled from, and written once."""
         if not onnx_path.is_file():
             raise ValueError(f"onnx_path must be a file, got {onnx_path}")
-        record |= {"onnx": self._hashes(onnx_path), "code": code_hash(compiler, quantizer)}
+        record |= {"onnx": self._hashes(onnx_path), "format": FORMAT}
         key = short_hash(json.dumps(record, sort_keys=True, default=str))
         folder = Path(compile_dir or onnx_path.parent, f"qpc-{key}")
         if not folder.is_dir():
+            from qaic_gpt2 import compiler
+
             with write_folder(folder) as temporary:
                 compiler.compile(onnx_path, temporary, record)
         return folder
@@ -147,16 +155,17 @@ class QEFFAutoModelForCausalLM:
         """The SHA-256 of a graph's files; an ArtifactError if export wrote them and they have changed."""
         folder = onnx_path.parent
         if onnx_path != self.onnx_path:  # the caller's own
-            tensors = onnx.load(onnx_path, load_external_data=False).graph.initializer
-            names = [onnx_path.name, *sorted({*map(exporter.location, tensors)} - {None})]
+            from qaic_gpt2 import exporter
+
+            names = [onnx_path.name, *exporter.locations(onnx_path)]
             return {name: sha256(folder / name) for name in names}
         try:
-            expected = dict(json.loads((folder / exporter.SIDECAR).read_text(encoding="utf-8")))
-            hashes = {name: sha256(folder / name) for name in (exporter.GRAPH, exporter.WEIGHTS)}
+            expected = dict(json.loads((folder / EXPORT_SIDECAR).read_text(encoding="utf-8")))
+            hashes = {name: sha256(folder / name) for name in (GRAPH, WEIGHTS)}
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise ArtifactError(f"{folder / exporter.SIDECAR}: {error}: remove the folder to export again") from None
+            raise ArtifactError(f"{folder / EXPORT_SIDECAR}: {error}: remove the folder to export again") from None
         if wrong := [name for name in hashes if hashes[name] != expected.get(name)]:
-            path, sidecar = folder / wrong[0], exporter.SIDECAR
+            path, sidecar = folder / wrong[0], EXPORT_SIDECAR
             raise ArtifactError(f"{path}: SHA-256 does not match {sidecar}: remove the folder to export again")
         return hashes
 

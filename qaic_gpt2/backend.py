@@ -81,8 +81,6 @@ def card_logits(qpc_path, rows):
     """The logits after each row of ids from a card, through the session that QEfficient's generate uses."""
     from QEfficient.generation.cloud_infer import QAICInferenceSession
 
-    from qaic_gpt2.runtime import prefill
-
     session = QAICInferenceSession(qpc_path)
     session.skip_buffers([name for name in session.input_names + session.output_names if name.startswith("past_")])
     place = session.binding_index_map
@@ -93,6 +91,27 @@ def card_logits(qpc_path, rows):
         return session.run({"input_ids": ids, "position_ids": positions})["logits"][:, 0]
 
     return prefill(run, rows, max(shape["input_ids"][1] for shape in shapes))
+
+
+def prefill(run, rows, chunk):
+    """Lists of ids through run(ids, positions), chunk tokens at a time -> the logits after each row (B, V).
+
+    The last chunk ends where the longest row ends, and recomputes what it shares with the chunk before it: padding
+    after a row that fills the cache would overwrite the last slot.
+    """
+    lengths = np.array([len(row) for row in rows])
+    padded = max(lengths.max(), chunk)
+    positions = np.tile(np.arange(padded), (len(rows), 1))
+    positions[positions >= lengths[:, None]] = -1  # right-padded
+    ids = np.zeros_like(positions)
+    ids[positions >= 0] = np.concatenate(rows)
+    last = [None] * len(rows)
+    for start in range(0, padded, chunk):
+        start = min(start, padded - chunk)
+        logits = run(ids[:, start : start + chunk], positions[:, start : start + chunk])
+        for row in np.flatnonzero((start < lengths) & (lengths <= start + chunk)):  # short rows end early
+            last[row] = logits[row].copy()
+    return np.stack(last)
 
 
 def __getattr__(name):

@@ -3,8 +3,8 @@
 qpc-0123456789abcdef/
     specializations.json   the two shapes of the graph, prefill and decode
     custom_io.yaml         the cache's type on the card
-    program.onnx           the graph as onnxruntime optimized it, with the export's model.onnx.data for its weights
-    model.onnx.data        in int8 only: its own weights, a quarter of the export's
+    program.onnx           the graph in onnxruntime's fused operators, with the export's model.onnx.data for its weights
+    model.onnx.data        in int8 and int4 only: its own weights, a quarter or less of the export's
     compile.json           its settings, and the SHA-256 of everything that runs
 """
 
@@ -13,15 +13,10 @@ import os
 
 import onnx
 import onnxruntime
-from onnx import external_data_helper
 
-from qaic_gpt2.exporter import location, retained
-from qaic_gpt2.files import sha256
-from qaic_gpt2.quantizer import QUANTIZED, quantize
-
-PROGRAM, SIDECAR = "program.onnx", "compile.json"
-SCRATCH = "scratch.data"  # onnxruntime's copy of the weights, removed at the end
-SPECIALIZATIONS, CUSTOM_IO = "specializations.json", "custom_io.yaml"
+from qaic_gpt2 import fusion
+from qaic_gpt2.exporter import location
+from qaic_gpt2.files import CUSTOM_IO, PROGRAM, SIDECAR, SPECIALIZATIONS, retained, sha256
 
 
 def specializations(batch_size, prefill_seq_len, ctx_len):
@@ -55,48 +50,43 @@ def cache_inputs(graph):
 def compile(exported, folder, record):
     """Writes the artifact into folder. record: its settings, for SIDECAR."""
     names = cache_inputs(onnx.load(exported, load_external_data=False).graph)
-    int8, mxint8 = record["int8_matmul"], record["for_the_card"]["mxint8_kv_cache"]
-    program = optimize(quantize(exported, folder) if int8 else exported, folder)
-    check_in_place(program.graph, names)
+    mxint8 = record["for_the_card"]["mxint8_kv_cache"]
+    program = optimize(exported, folder)
+    fused = fusion.fuse(program, names, exported.parent, folder, record["bits"])
+    if not fused:
+        check_in_place(program.graph, names)
     onnx.save(program, folder / PROGRAM)
     shapes = json.dumps(specializations(**record["sizes"]), indent=4)
     (folder / SPECIALIZATIONS).write_text(shapes, encoding="utf-8")
     (folder / CUSTOM_IO).write_text(custom_io(names, "mxint8" if mxint8 else "float16"), encoding="utf-8")
-    weights = folder if int8 else exported.parent
+    weights = folder if record["bits"] else exported.parent
     files = {*folder.iterdir()} | {weights / name for name in map(location, program.graph.initializer) if name}
     hashes = {os.path.relpath(path, folder): sha256(path) for path in sorted(files)}
-    record = record | {"weights": os.path.relpath(weights, folder), "sha256": hashes}
-    (folder / SIDECAR).write_text(json.dumps(record, indent=4) + "\n", encoding="utf-8")
+    record = record | {"weights": os.path.relpath(weights, folder), "casts_float16": casts_float16(program.graph)}
+    (folder / SIDECAR).write_text(json.dumps(record | {"sha256": hashes}, indent=4) + "\n", encoding="utf-8")
 
 
 def optimize(onnx_path, folder):
-    """The graph as onnxruntime optimizes it; its weights stay in the file that it refers to.
-
-    onnxruntime writes a copy of all weights. A weight that kept its name refers to its first file again; what it
-    computed itself, small constants, becomes a part of the graph.
-    """
+    """The graph as onnxruntime optimizes it, without reading its weights: meanwhile they are inputs."""
+    model = onnx.load(onnx_path, load_external_data=False)
+    weights = [tensor for tensor in model.graph.initializer if location(tensor)]
+    small = [tensor for tensor in model.graph.initializer if not location(tensor)]
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(small)
+    values = [onnx.helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in weights]
+    model.graph.input.extend(values)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # more is for one CPU
     options.optimized_model_filepath = str(folder / PROGRAM)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", SCRATCH)
-    options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        onnxruntime.InferenceSession(onnx_path, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has its own classes, for a full disk too
         kind = OSError if "Failed to write" in str(error) else ValueError
         raise kind(f"{onnx_path} cannot be compiled: {' '.join(str(error).split())}") from None
-    given = {tensor.name: tensor for tensor in onnx.load(onnx_path, load_external_data=False).graph.initializer}
-    program = onnx.load(folder / PROGRAM, load_external_data=False)
-    for tensor in program.graph.initializer:
-        if tensor.name in given:
-            tensor.CopyFrom(given[tensor.name])
-        elif location(tensor) == SCRATCH:
-            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-            tensor.ClearField("data_location")
-            tensor.ClearField("external_data")
-    for name in SCRATCH, QUANTIZED:
-        (folder / name).unlink(missing_ok=True)
+    program = onnx.load(folder / PROGRAM)
+    del program.graph.input[-len(weights) or len(program.graph.input) :]
+    program.graph.initializer.extend(weights)
     return program
 
 
@@ -106,3 +96,9 @@ def check_in_place(graph, names):
         readers = [node for node in graph.node if name in node.input and node.op_type != "Shape"]
         if [(node.op_type, *node.output) for node in readers] != [("ScatterND", retained(name))]:
             raise ValueError(f"onnx_path must be a graph that reads {name} by one ScatterND alone")
+
+
+def casts_float16(graph):
+    """Whether onnxruntime computes float16 in float32, as it does if it has no float16 kernels for this CPU."""
+    half = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    return any(node.op_type == "Cast" and node.input[0] in half for node in graph.node)

@@ -15,18 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
-import torch
 
 from qaic_gpt2 import auto_model, backend, quantizer
 from qaic_gpt2.files import ArtifactError, save_dump
 from qaic_gpt2.generation import check_context
-from qaic_gpt2.model import count_params
-from qaic_gpt2.weight_loader import read_config
+from qaic_gpt2.weight_loader import count_params, read_config
 from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import encode_prompt, find_model, load_tokenizer
 
+BITS = {"int8": 8, "int4": 4}
 # of --verify: differences of logits, relative to the largest
-LIMITS = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2}
+LIMITS = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2, "int4": 3e-1}
 
 
 def make_parser():
@@ -42,13 +41,13 @@ def make_parser():
     add("--top-k", type=int)
     add("--top-p", type=float, help="nucleus sampling (default: off)")
     add("--seed", type=int, default=1337, help="(default: %(default)s)")
-    add("--dtype", "--precision", default="float32", choices=[*LIMITS], help="int8: on a CPU (default: %(default)s)")
+    add("--dtype", "--precision", default="float32", choices=[*LIMITS], help="int8, int4: on a CPU (default: float32)")
     add("--device", default="auto", choices=backend.DEVICES, help="(default: %(default)s)")
     add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
     add("--verify", action="store_true", help="compare logits with float32 on the CPU; status 1 if they differ")
     add("--num-cores", type=int, default=16, help="of the card (default: %(default)s)")
-    add("--prefill-seq-len", type=int, help="prompt tokens in one call (default: 32, or less in a shorter context)")
+    add("--prefill-seq-len", type=int, help="prompt tokens in one call (default: 128, on a card 32, or ctx-len)")
     add("--ctx-len", type=int, help="slots of the KV cache (default: 128, or more if the text needs them)")
     add("--mxfp6-matmul", action="store_true", help="weights in MXFP6, on a card")
     return parser
@@ -72,19 +71,20 @@ def check(args, device):
         for flag, value in {"dump": args.dump, "temperature": args.temperature, "ignore-eos": args.ignore_eos}.items():
             if value:
                 raise ValueError(f"--{flag} must not be set on a card: QEfficient is greedy, and returns no logits")
-        if args.dtype == "int8":
-            raise ValueError("--dtype must be float32 or float16 on a card, got int8: try --mxfp6-matmul")
+        if args.dtype in BITS:
+            raise ValueError(f"--dtype must be float32 or float16 on a card, got {args.dtype}: try --mxfp6-matmul")
 
 
-def compile_settings(args, config, rows):
+def compile_settings(args, config, rows, device):
     """compile's keywords. The context holds the text, and QEfficient's 128 tokens if the model has the positions."""
     wanted = max(map(len, rows)) + (args.max_new_tokens or 1)
     ctx_len = args.ctx_len or min(max(128, wanted), config.block_size)
-    sizes = {"batch_size": len(rows), "prefill_seq_len": args.prefill_seq_len or min(32, ctx_len), "ctx_len": ctx_len}
+    sizes = {"batch_size": len(rows), "ctx_len": ctx_len}
+    sizes["prefill_seq_len"] = args.prefill_seq_len or min(32 if device == "qaic" else 128, ctx_len)
     auto_model.check_sizes(config, **sizes)
     check_context(rows, ctx_len)
-    if args.dtype == "int8":
-        quantizer.largest_block(config.n_embd)
+    if args.dtype in BITS:
+        quantizer.check_blocks(config, BITS[args.dtype])
     return sizes | {"num_cores": args.num_cores, "mxfp6_matmul": args.mxfp6_matmul}
 
 
@@ -92,11 +92,15 @@ def compile_model(device, folder, dtype, settings):
     """The compiled model."""
     start = time.perf_counter()
     with backend.card_errors(device):
-        weights = torch.float16 if dtype == "float16" else torch.float32
+        weights = "float16" if dtype == "float16" else "float32"
+        if device == "qaic":
+            import torch
+
+            weights = getattr(torch, weights)
         model = backend.choose(device).from_pretrained(str(folder), torch_dtype=weights)
         model.export()
         exported = time.perf_counter()
-        model.compile(**settings, **({"int8_matmul": True} if dtype == "int8" else {}))
+        model.compile(**settings, **({f"{dtype}_matmul": True} if dtype in BITS else {}))
     times = f"exported in {exported - start:.1f} s, compiled in {time.perf_counter() - exported:.1f} s"
     print(f"{times}: {model.qpc_path}")
     if device == "cpu":
@@ -154,7 +158,7 @@ def main(argv=None):
         found = find_model(args.model)
         config, tokenizer = read_config(found.folder), load_tokenizer(found.folder)
         rows = [encode_prompt(tokenizer, prompt, config.vocab_size) for prompt in args.prompt]
-        settings = compile_settings(args, config, rows)
+        settings = compile_settings(args, config, rows, device)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:

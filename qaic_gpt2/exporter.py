@@ -9,15 +9,10 @@ import json
 import warnings
 
 import onnx
-import torch
 
-from qaic_gpt2.files import sha256
-from qaic_gpt2.model import init_cache
+from qaic_gpt2.files import EXPORT_SIDECAR, GRAPH, WEIGHTS, retained, sha256
 
 OPSET = 17  # of QEfficient's exports
-GRAPH = "model.onnx"
-WEIGHTS = "model.onnx.data"
-SIDECAR = "export.json"  # the SHA-256 of both
 PAGE = 4096  # each tensor begins on a page boundary, so that it can be mapped
 
 
@@ -25,13 +20,8 @@ def cache_names(n_layer):
     return [f"past_{kind}.{layer}" for layer in range(n_layer) for kind in ("key", "value")]
 
 
-def retained(name):
-    """The output that becomes the input of this name in the next call."""
-    return f"{name}_RetainedState"
-
-
 def export(model, folder):
-    """Writes GRAPH, WEIGHTS and SIDECAR into folder."""
+    """Writes GRAPH, WEIGHTS and their SHA-256 into folder."""
     graph = trace(model)
     parameters = dict(model.named_parameters())
     inputs = [value for value in graph.graph.input if value.name not in parameters]
@@ -42,11 +32,15 @@ def export(model, folder):
             add_external(graph.graph, name, parameter.numpy(), file)
     onnx.save(graph, folder / GRAPH)
     hashes = {name: sha256(folder / name) for name in (GRAPH, WEIGHTS)}
-    (folder / SIDECAR).write_text(json.dumps(hashes, indent=4) + "\n", encoding="utf-8")
+    (folder / EXPORT_SIDECAR).write_text(json.dumps(hashes, indent=4) + "\n", encoding="utf-8")
 
 
 def trace(model):
     """The graph, with the parameters as inputs."""
+    import torch
+
+    from qaic_gpt2.model import init_cache
+
     batch, seq_len, ctx_len = 2, 4, 8  # any sizes: the axes are dynamic
     tokens = torch.zeros(batch, seq_len, dtype=torch.int64)  # id 0 at position 0 is in every model
     cache = init_cache(model.config, batch, ctx_len, model.wte.weight.dtype)
@@ -85,6 +79,17 @@ def add_external(graph, name, array, file):
     array.tofile(file)
 
 
+def entry(tensor, key):
+    """What a tensor says of its external data, such as its offset; None if the graph itself holds its bytes."""
+    return next((entry.value for entry in tensor.external_data if entry.key == key), None)
+
+
 def location(tensor):
     """The file that holds a tensor's bytes, in the folder of its graph; None if the graph itself holds them."""
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+    return entry(tensor, "location")
+
+
+def locations(onnx_path):
+    """The names of the files that hold a graph's tensors."""
+    tensors = onnx.load(onnx_path, load_external_data=False).graph.initializer
+    return sorted({*map(location, tensors)} - {None})

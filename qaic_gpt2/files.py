@@ -1,17 +1,42 @@
-"""Atomic file writes: a file or a folder has all of its content or does not exist."""
+"""Atomic file writes (a file or a folder has all of its content or does not exist), hashes, and the files' names."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
+# of an export; its folder is named by its format, which changes with what model.py or exporter.py writes
+EXPORT_FORMAT = 2
+GRAPH, WEIGHTS, EXPORT_SIDECAR = "model.onnx", "model.onnx.data", "export.json"
+# of an artifact, likewise
+FORMAT = 2
+PROGRAM, SIDECAR = "program.onnx", "compile.json"
+SPECIALIZATIONS, CUSTOM_IO = "specializations.json", "custom_io.yaml"
+KNOWN_HASHES, MOST_KNOWN = "sha256.json", 64  # in home(): device and inode -> size, times, SHA-256
+LARGE = 2**20  # bytes: only the hash of a larger file is worth keeping
+TICK_NS = 10_000_000  # of a file system's clock, at most: a younger file could change and keep its times
+
 
 class ArtifactError(ValueError):
     """A checkpoint or an artifact on disk cannot be used: one line for the user, who can repair or remove it."""
+
+
+def home():
+    """The folder of artifacts without an export_dir: QEfficient's rule, with a folder of our own."""
+    if path := os.environ.get("QEFF_HOME"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qaic_gpt2")
+
+
+def retained(name):
+    """The output that becomes the input of this name in the next call."""
+    return f"{name}_RetainedState"
 
 
 def write_file(path, write):
@@ -56,5 +81,23 @@ def write_folder(path):
 
 
 def sha256(path):
+    """The SHA-256 of a file. A large file that has not changed since its last hash is not read again."""
+    stat = path.stat()
+    if stat.st_size < LARGE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    young = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < TICK_NS
+    key, state = f"{stat.st_dev}:{stat.st_ino}", [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    known = {}
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        known = dict(json.loads((home() / KNOWN_HASHES).read_text(encoding="utf-8")))
+    if isinstance(entry := known.get(key), list) and entry[:-1] == state:
+        return entry[-1]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not young:
+        known.pop(key, None)
+        text = json.dumps(dict([*known.items(), (key, [*state, digest])][-MOST_KNOWN:]), indent=4) + "\n"
+        with suppress(OSError):  # a home that is read-only or full: the file is hashed again next time
+            home().mkdir(parents=True, exist_ok=True)
+            write_file(home() / KNOWN_HASHES, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return digest

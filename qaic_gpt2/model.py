@@ -11,7 +11,6 @@ Shapes: B batch, T tokens of this call, S cache slots, H heads, D = C / H head s
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,24 +18,10 @@ from torch import nn
 MASKED = -1e4  # exp(-1e4) is 0 in every format, and -1e4 + a score is finite in float16
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    block_size: int = 1024
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-
-
 def init_cache(config, batch, ctx_len, dtype=torch.float32):
     """An empty cache: key and value of the first layer, of the second, ... (B, H, S, D) each."""
     shape = batch, config.n_head, ctx_len, config.n_embd // config.n_head
     return [torch.zeros(shape, dtype=dtype) for _ in range(2 * config.n_layer)]
-
-
-def count_params(config):
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(config).parameters())
 
 
 class Scatter(torch.autograd.Function):

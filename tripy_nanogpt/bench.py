@@ -1,158 +1,144 @@
-"""Speed: time to the first token, prefill and decode, interleaved with transformers.
+"""Tokens/s of prefill and of decoding, the time to the first token, and the memory that it took.
 
-    python bench.py [--model NAME | --random NAME] [--new-tokens N]
-    python bench.py --quant-modes                                      each mode's perplexity, bytes and speed
+    python bench.py [--model NAME] [--dtype float32] [--new-tokens N]
 
-The last line of output is one JSON document.
+--dtype may be a quantization mode, whose other weights are float32; -fast is example.py's --fast. `make bench` measures
+this engine beside others. The last line of output is one JSON document.
 """
 
 import argparse
 import json
-import shutil
-import subprocess
+import resource
+import statistics
 import sys
-import tempfile
-from functools import partial
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
-import torch
-import transformers
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
-from tripy_nanogpt.bench_quant import bench_quant_modes
-from tripy_nanogpt.bench_report import PROMPT_TOKENS, Report, Work, time_s
-from tripy_nanogpt.device import choose_device
-from tripy_nanogpt.engine import load
-from tripy_nanogpt.model import count_params
-from tripy_nanogpt.weight_loader import read_config
+from tripy_nanogpt import engine as engines
+from tripy_nanogpt.example import dashed
+from tripy_nanogpt.model import count_params, int4_block
+from tripy_nanogpt.quantization import Quantization
 
-ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
-
-
-def write_random(name, folder):
-    layers, heads, width = SHAPES[name]
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width)).save_pretrained(folder)
-    for file in "vocab.json", "merges.txt":  # calibration needs some tokens
-        shutil.copy(find_model("gpt2-nano").folder / file, folder)
-
-
-FIRST_TOKEN = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from tripy_nanogpt.engine import load
-load(sys.argv[2], "float32", executables=sys.argv[3]).prefill([[*range(16)]])
-"""
+DTYPES = {  # what --dtype takes, and the width of the weights
+    "float32": "float32",
+    "float16": "float16",
+    "int8-weight-only": "int8",
+    "int8-weight-only-fast": "int8",
+    "int4-weight-only": "int4",
+    "int4-weight-only-fast": "int4",
+    "int4-awq-fast": "int4",
+    "float8": "float8",
+}
+EXECUTABLES = Path("executables")  # in the current folder
+PROMPT = 16
 
 
-def bench_first_token(report, name, folder, executables):
-    """From the start of a process to its first token: with nothing compiled, and then compiled."""
-    command = [sys.executable, "-c", FIRST_TOKEN, ROOT, folder, executables]
-    for work in "first_token_cold", "first_token_warm":  # in its own session: a Ctrl-C goes to this process alone
-        took_s = time_s(partial(subprocess.run, command, check=True, start_new_session=True))
-        row = {"ttft_ms": round(took_s * 1e3)}
-        report.add_row(Work(work, name, "float32", PROMPT_TOKENS, 1), row, f"{took_s:8.2f} s, of a whole process")
+def load(folder, dtype, device="auto"):
+    if not DTYPES[dtype].startswith(("int", "float8")):
+        return engines.load(folder, dtype, device, executables=EXECUTABLES)
+    mode = dtype.removesuffix("-fast")
+    return engines.load(folder, "float32", device, Quantization(mode, fast=mode != dtype), EXECUTABLES)
 
 
-def make_text(engine, prompt, count, cached=True):
-    """The greedy tokens."""
+def describe(engine):
+    return engine.describe()
+
+
+def step_bytes(engine):
+    """What a decode step reads of the weights: of the position embeddings, one row."""
+    config, size, words = engine.config, engine.config.dtype.itemsize, engine.describe()
+    linear, head = 12 * config.n_layer * config.n_embd**2, config.vocab_size * config.n_embd
+    rest = count_params(config) - config.block_size * config.n_embd - linear - head
+    mode, fast = config.quant_mode or "", "bfloat16 or float16" in words
+    if not mode or words.startswith("cpu") and not fast:  # a CPU holds other weights in float32
+        return (linear + head + rest) * size
+    each = 1 if mode in ("float8", "int8-weight-only") else 1 / 2 + size / int4_block(config)  # with int4's scales
+    head *= 2 if fast else 1 if mode == "float8" else size
+    return int(linear * each) + head + rest * size
+
+
+def greedy(engine, ids, count):
+    """The greedy continuation of ids, count tokens."""
     sampler, tokens = Sampler(temperature=0), []
     for step in range(count):
-        if cached:
-            logits = engine.decode(tokens[-1:]) if step else engine.prefill([prompt])  # 1, V
-        else:
-            logits = engine.forward([prompt + tokens])[:, -1]  # 1, V
+        logits = engine.decode(tokens[-1:]) if step else engine.prefill([ids])  # 1, V
         tokens.append(sampler(logits[0]))
     return tokens
 
 
-def bench(report, name, folder, new, executables):
-    """Prefill, and greedy decoding with and without the cache, in float32; decoding in float16."""
-    engine = load(folder, "float32", executables=executables)
+def score(engine, ids):
+    """The logits after each of ids [T, V], token by token, with the cache."""
+    return np.concatenate([engine.prefill([ids[:1]]), *(engine.decode([token]) for token in ids[1:])])
+
+
+# -- from here on, the same in each project
+
+
+def seconds(call, *args):
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def measure(engine, new_tokens, rounds):
+    """Tokens/s of decoding after a short prompt, and of prefill of half a context: medians."""
     config = engine.config
-    reference = load_reference(folder) if report.on_cpu else None
-    prompt = np.random.default_rng(0).integers(config.vocab_size, size=config.block_size // 2).tolist()
-    short = (2 * prompt)[:PROMPT_TOKENS]
-    parameters = count_params(config) - config.block_size * config.n_embd
-    read = 4 * (parameters + 2 * config.n_layer * config.n_embd * config.block_size)
-    for work, ids, count, cached in (
-        ("prefill", prompt, 1, True),
-        ("decode", short, new, True),
-        ("decode_no_cache", short, min(new, 16), False),
-    ):
-        ours = partial(make_text, engine, ids, count, cached)
-        peer = partial(reference, ids, count, cached) if reference else None
-        report.add(Work(work, name, "float32", len(ids), count), ours, peer, read=read if work == "decode" else 0)
-    half, count = load(folder, "float16", executables=executables), min(new, 16)
-    report.add(Work("decode_float16", name, "float16", PROMPT_TOKENS, count), partial(make_text, half, short, count))
-
-
-def load_reference(folder):
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def generate(ids, count, cached):
-        given, length = torch.tensor([ids]), {"max_new_tokens": count, "min_new_tokens": count}
-        return model.generate(given, attention_mask=torch.ones_like(given), do_sample=False, use_cache=cached, **length)
-
-    return generate
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=config.block_size // 2).tolist()
+    works = {"decode": (ids[:PROMPT], new_tokens), "prefill": (ids, 1)}
+    figures = {}
+    for work, (prompt, count) in works.items():
+        compile_s = seconds(greedy, engine, prompt, count)
+        took_s = statistics.median(seconds(greedy, engine, prompt, count) for _ in range(rounds))
+        rate = (count if count > 1 else len(prompt)) / took_s
+        figures[work] = {"prompt_tokens": len(prompt), "new_tokens": count, "tokens_per_s": round(rate, 1)}
+        print(f"{work:8} {rate:9,.1f} tokens/s: {len(prompt)} + {count} tokens, the first time {compile_s:.1f} s")
+    return figures
 
 
 def make_parser():
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="gpt2, ..., gpt2-xl, gpt2-nano or a folder (default: gpt2, else gpt2-nano)")
-    which.add_argument("--random", choices=SHAPES, help="this shape, with random weights")
-    parser.add_argument("--quant-modes", action="store_true", help="of gpt2's shape, unless there is a --model")
-    parser.add_argument("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or gpu (default: %(default)s)")
+    add = parser.add_argument
+    add("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)")
+    add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
+    add("--device", default="auto", help="(default: %(default)s)")
+    add("--new-tokens", type=int, default=64, help="to decode (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="the median of so many (default: %(default)s)")
     return parser
-
-
-def find_or_write_model(args, scratch):
-    """(its name, its folder)"""
-    if args.new_tokens < 2:
-        raise ValueError(f"--new-tokens must be 2 or more, got {args.new_tokens}")
-    shape = args.random or ("gpt2" if args.quant_modes and not args.model else None)
-    if shape:
-        write_random(shape, scratch / "model")
-        name, folder = f"{shape}-random", scratch / "model"
-    else:
-        name, folder, _ = find_model(args.model)
-    room = read_config(folder).block_size - PROMPT_TOKENS
-    if args.new_tokens > room:
-        raise ValueError(f"--new-tokens must be at most {room} after {PROMPT_TOKENS} tokens, got {args.new_tokens}")
-    return name, folder
 
 
 def main(argv=None):
     parser = make_parser()
-    args = parser.parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="tripy_nanogpt-") as scratch:
-        executables = Path(scratch, "executables")
-        try:
-            device = choose_device(args.device)
-            name, folder = find_or_write_model(args, Path(scratch))
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        report = Report(device)
-        try:
-            if args.quant_modes:
-                bench_quant_modes(report, name, folder, args.new_tokens, executables)
-            else:
-                bench_first_token(report, name, folder, executables)
-                bench(report, name, folder, args.new_tokens, executables)
-        except OSError as error:  # a full disk
-            parser.error(str(error))
-    print(json.dumps({"project": "tripy_nanogpt", "results": report.results}))
+    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    try:
+        if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
+            raise ValueError("-- must not be the value of a flag")
+        if args.rounds < 1:
+            raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
+        found = find_model(args.model)
+        start = time.perf_counter()
+        engine = load(found.folder, args.dtype, args.device)
+        most = engine.config.block_size - PROMPT
+        if not 2 <= args.new_tokens <= most:
+            raise ValueError(f"--new-tokens must be from 2 to {most}, got {args.new_tokens}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        greedy(engine, [0], 1)
+        first_s = time.perf_counter() - start
+        print(f"{found.name} in {args.dtype} on {describe(engine)}; {first_s:.1f} s to the first token", flush=True)
+        figures = measure(engine, args.new_tokens, args.rounds)
+    except OSError as error:  # a full disk
+        parser.error(str(error))
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    about = {"project": "tripy_nanogpt", "model": found.name, "dtype": args.dtype, "engine": describe(engine)}
+    print(json.dumps(about | {"first_token_s": round(first_s, 2), "peak_rss_mb": peak_mb} | figures))
 
 
 if __name__ == "__main__":

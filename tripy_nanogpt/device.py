@@ -4,6 +4,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import nvtripy as tp
+import torch
 
 from tripy_nanogpt import tripy_cpu
 
@@ -25,12 +26,14 @@ def describe_cpu(name, fast):
     if name == "gpu":
         raise ValueError("--device must be auto or cpu without TensorRT, got gpu: pip install -r requirements.txt")
     weights = tripy_cpu.weights
-    weights.BFLOAT16 = fast and weights.has_low_bit_products()
+    weights.FAST = fast and (weights.has_float16() or all(map(weights.has_low_bits, weights.PRODUCTS)))
     words = f"cpu: {tripy_cpu.ENGINE}"
     if fast:
-        words += f", quantized weights multiplied in {'bfloat16' if weights.BFLOAT16 else NO_KERNEL}"
-    if not all(map(weights.has_half_product, weights.HALF)):
-        words += f", float16 and bfloat16 multiplied in {NO_KERNEL}"
+        words += f", quantized weights multiplied in {'bfloat16 or float16' if weights.FAST else NO_KERNEL}"
+    if not weights.has_half_product(torch.bfloat16):
+        words += f", bfloat16 multiplied in {NO_KERNEL}"
+    if not weights.has_float16():
+        words += f", float16 multiplied in {NO_KERNEL}"
     return words
 
 

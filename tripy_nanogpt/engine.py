@@ -4,15 +4,16 @@ An executable is a program and holds the weights: it is loaded only if its SHA-2
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import nvtripy as tp
 
 from tripy_nanogpt.device import choose_device
-from tripy_nanogpt.files import HERE, fingerprint, sha256, write_file
+from tripy_nanogpt.files import HERE, fingerprint, known_hashes, sha256, write_file
 from tripy_nanogpt.model import GPT, init_cache
 from tripy_nanogpt.quantization import NOT_QUANTIZED, check_mode
 from tripy_nanogpt.quantized_weights import prepare
@@ -34,7 +35,8 @@ def load(folder, dtype="float16", device="auto", quantization=NOT_QUANTIZED, exe
     if mode:
         key, weights, calibrated_on = prepare(folder, config, quantization.calibration_data, executables)
     else:
-        key, weights, calibrated_on = fingerprint(hashed_files(folder)), lambda: read_state(folder, config), ""
+        key, calibrated_on = fingerprint([], *known_hashes(hashed_files(folder), executables)), ""
+        weights = partial(read_state, folder, config)
     load_model = cache(lambda: fill(GPT(config), weights(), config.dtype))
     artifacts = Path(executables, fingerprint([], key, config, device))
     if not mode and not artifacts.exists():
@@ -51,6 +53,7 @@ class Engine:
         self.compiled = []  # names of the functions that were not on disk
         self.position = 0  # of the next token; cache slots from there on are not read
         self.load_model, self._executables, self._cache = load_model, {}, None
+        self._saver, self._saves = ThreadPoolExecutor(1), []  # a text does not wait for the disk
 
     def describe(self):
         return self.device
@@ -84,19 +87,24 @@ class Engine:
         args = [token, position, init_cache(self.config)] if name == "decode" else [text]
         executable = tp.compile(getattr(self.load_model(), name), args=args)
         self.compiled.append(name)
-        try:
-            self._save(name, executable)
-        except OSError as error:
-            if len(self.compiled) == 1:  # the others would fail likewise
-                print(f"the next run compiles again: {error}", file=sys.stderr)
+        self._saves.append(self._saver.submit(self._save, name, executable))
         return executable
 
     def _save(self, name, executable):
-        self.folder.mkdir(parents=True, exist_ok=True)
         path, digest = self.folder / f"{name}.executable", self.folder / f"{name}.sha256"
-        digest.unlink(missing_ok=True)  # without it no executable is loaded, until both files are written
-        write_file(path, lambda temporary: executable.save(str(temporary)))
-        write_file(digest, lambda temporary: temporary.write_text(f"{sha256(path)}\n", encoding="utf-8"))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            digest.unlink(missing_ok=True)  # without it no executable is loaded, until both files are written
+            write_file(path, lambda temporary: executable.save(str(temporary)))
+            write_file(digest, lambda temporary: temporary.write_text(f"{sha256(path)}\n", encoding="utf-8"))
+        except OSError as error:
+            if name == self.compiled[0]:  # the others would fail likewise
+                print(f"the next run compiles again: {error}", file=sys.stderr)
+
+    def wait(self):
+        """Until all that was compiled is on disk; the end of the process waits, too."""
+        for save in self._saves:
+            save.result()
 
     def _load(self, name):
         path, digest = self.folder / f"{name}.executable", self.folder / f"{name}.sha256"
@@ -107,7 +115,11 @@ class Engine:
         if not matches:
             print(f"{path} does not match {digest.name}: recompiled", file=sys.stderr)
             return None
-        return tp.Executable.load(str(path))
+        try:
+            return tp.Executable.load(str(path))
+        except tp.TripyException:
+            print(f"{path} lacks its weights: recompiled", file=sys.stderr)
+            return None
 
 
 def to_device(values):

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from tripy_nanogpt.files import fingerprint, write_file
+from tripy_nanogpt.files import fingerprint, known_hashes, write_file
 from tripy_nanogpt.model import int4_block
 from tripy_nanogpt.quantization import calibration_loop, run_modelopt
 from tripy_nanogpt.weight_loader import hashed_files, quantized_state, read_model_hf
@@ -22,7 +22,7 @@ def prepare(folder, config, dataset_name, cache):
     """
     if config.quant_mode.startswith("int4"):
         int4_block(config)  # a ValueError if no block size divides n_embd
-    key = cache_key(folder, config, dataset_name)
+    key = cache_key(folder, config, dataset_name, cache)
     path = Path(cache, f"{key}.safetensors")
     if path.exists():
         with safe_open(path, "pt") as file:
@@ -40,11 +40,12 @@ def prepare(folder, config, dataset_name, cache):
     return key, quantize, calibrated_on
 
 
-def cache_key(folder, config, dataset_name):
+def cache_key(folder, config, dataset_name, cache):
     """Of all that the quantized weights depend on; they are the same for every config.dtype."""
     data = Path(dataset_name)
     texts = sorted(data.glob("*.txt")) if data.is_dir() else [data] if data.is_file() else []
     vocabularies = [path for name in VOCABULARIES if (path := Path(folder, name)).exists()]  # for calibration
     sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd
-    files = [*hashed_files(folder), *vocabularies, *texts]
-    return fingerprint(files, config.quant_mode, sizes, dataset_name, version("nvidia-modelopt"))
+    hashes = known_hashes(hashed_files(folder), cache)
+    mode = config.quant_mode, sizes, dataset_name, version("nvidia-modelopt")
+    return fingerprint([*vocabularies, *texts], *hashes, *mode)

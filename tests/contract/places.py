@@ -83,10 +83,6 @@ class Place:
         folder = f"{self.folder}/".encode()
         return [int(line.split()[0]) for line in listed.stdout.splitlines() if folder in line]
 
-    def programs(self):
-        """The command lines of those: between fork and exec, a new process has its parent's."""
-        return {Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self.running()}
-
     def stray(self):
         """What a run must not leave: temporary files."""
         found = [path for path in self.folder.rglob("*") if path not in self.code and path.is_file()]

@@ -81,11 +81,9 @@ def test_ctrl_c_at_every_stage(project, place, tokens):
 
 
 @pytest.mark.parametrize("project", EXAMPLES)
-def test_ctrl_c_ends_a_benchmark_and_what_it_started(project, place):
-    process = place.start(f"--model={place.model}", "--new-tokens=8", script="bench.py")
+def test_ctrl_c_ends_a_benchmark(project, place):
+    process = place.start(f"--model={place.model}", "--new-tokens=8", "--rounds=1000000", script="bench.py")
     until_it_has_named_its_model(process)
-    processes = 2 if project in ("qaic_gpt2", "tripy_nanogpt") else 1  # these two begin with one of its own
-    wait_until(process, lambda: len(place.programs()) == processes and all(map(imports, place.running())))
     status, _, errors = interrupt(process)
     assert_interrupted(place, status, errors)
 

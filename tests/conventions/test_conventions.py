@@ -107,6 +107,16 @@ def test_the_examples_read_flags_by_the_same_text():
     assert len({source_of(f"{project}/{example_of(ROOT, project)}", "dashed") for project in PROJECTS}) == 1
 
 
+def test_the_benchmarks_have_the_same_text_but_for_the_names():
+    """From a line on; JAX's scripts end by the signal itself."""
+    texts = set()
+    for project in PROJECTS:
+        text = read(f"{project}/bench.py").partition("# -- from here on, the same in each project\n")[2]
+        assert text, f"{project}/bench.py"
+        texts.add(text.partition('if __name__ == "__main__":')[0].replace(project, "PROJECT"))
+    assert len(texts) == 1
+
+
 # -- pins
 
 

@@ -19,8 +19,8 @@ transformers.logging.disable_progress_bar()
 LETTERS = string.ascii_letters + string.digits
 
 
-def _random_checkpoint(folder, layers=2, heads=2, width=32, vocab=50, positions=16):
-    torch.manual_seed(0)
+def _random_checkpoint(folder, layers=2, heads=2, width=32, vocab=50, positions=16, seed=0):
+    torch.manual_seed(seed)
     config = transformers.GPT2Config(
         vocab_size=vocab, n_positions=positions, n_layer=layers, n_head=heads, n_embd=width, initializer_range=0.3
     )

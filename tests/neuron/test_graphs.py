@@ -89,12 +89,17 @@ def test_default_buckets_are_powers_of_two_up_to_the_context():
     assert engine.all_buckets(None, 16) == [16]
 
 
-def test_files_hold_no_weights_and_an_empty_cache(tiny):
-    greedy(load(tiny[0]), [[1, 2]], 5)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_files_hold_no_weights_and_an_empty_cache(dtype, tiny):
+    greedy(load(tiny[0], dtype=dtype), [[1, 2]], 5)
     for path in STEP, Path("gpt2_prefill_16_neuron.pt"):
-        for name, tensor in torch.jit.load(path).state_dict().items():
+        graph = torch.jit.load(path)
+        for name, tensor in graph.state_dict().items():
             assert not tensor.any(), name
             assert tensor.untyped_storage().nbytes() <= 4, name
+        packed = [part.packed for part in graph.modules() if hasattr(part, "packed")]
+        assert len(packed) == (0 if dtype == "float32" else 9)
+        assert {torch.ops.quantized.linear_unpack_fp16(part)[0].shape for part in packed} <= {(1, 1)}
 
 
 def test_all_graphs_share_the_weights_of_the_model(tiny):
@@ -102,9 +107,9 @@ def test_all_graphs_share_the_weights_of_the_model(tiny):
     for length in 2, 10:
         runner.prefill([[1] * length])
     for graph in runner.step[0], *runner.prefills.values():
-        held = graph.code_with_constants[1].const_mapping.values()
-        assert not any(tensor.is_mkldnn for tensor in held)
-        assert runner.gpt.wpe.weight.data_ptr() in {tensor.data_ptr() for tensor in held}
+        held = {name: tensor.data_ptr() for name, tensor in graph.state_dict().items()}
+        for name, tensor in runner.gpt.state_dict().items():
+            assert held[f"gpt.{name}"] == tensor.data_ptr()
 
 
 # -- artifacts
@@ -145,7 +150,8 @@ def change_n_head(folder):
         (None, {"batch": 2}, "inputs was [[[1, 1]"),
         (None, {"window": True}, "graph was Decode, is NeuronStep)"),
         (None, {"dtype": "bfloat16"}, "dtype was float32, is bfloat16)"),
-        (change_n_head, {}, "weights changed)"),
+        (None, {"dtype": "int8"}, "dtype was float32, is int8)"),
+        (change_n_head, {}, "config changed)"),
         (None, {"recompile": True}, "--recompile)"),
     ],
 )
@@ -160,6 +166,16 @@ def test_an_artifact_of_something_else_is_traced_again_and_says_why(change, sett
     assert line.startswith(f"{STEP}: traced in ") and f" s ({why}" in line
     assert load(folder, **settings | {"recompile": False}).step
     assert written(capsys) == [f"{STEP}: reused"]
+
+
+def test_an_artifact_is_reused_for_other_weights_of_the_same_shapes(tiny, tmp_path, random_checkpoint, capsys):
+    """The files hold none: they come from the checkpoint."""
+    load(tiny[0]).prefill([[1, 2]])
+    reference = random_checkpoint(tmp_path / "model", seed=1)
+    capsys.readouterr()
+    logits = load(tmp_path / "model").prefill([[1, 2]])
+    assert written(capsys) == [f"{STEP}: reused", "gpt2_prefill_16_neuron.pt: reused"]
+    np.testing.assert_allclose(logits, crops(reference, [[1, 2]]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("module", [model, kernels, graphs], ids=lambda module: module.__name__)

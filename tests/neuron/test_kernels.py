@@ -1,68 +1,86 @@
-"""CPU-specific kernels: used if oneDNN has them on this CPU, else PyTorch's, and the first line says which."""
+"""CPU-specific kernels: the same products in every layout and packing, and on every CPU."""
 
+import copy
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn as nn
 
 from neuron_nanogpt import kernels, run_model
 
 pytestmark = pytest.mark.engine
 
 FLAGS = ("--device=cpu", "--prompt=abc", "--max-new-tokens=4", "--temperature=0")
-PLAIN = "{} by PyTorch's plain kernels"
+WIDENED = "{} weights widened to float32, since this PyTorch lacks FBGEMM"
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+AVX2 |= {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
-@pytest.fixture(params=["its answer", "a trial"])
-def no_bfloat16(request, monkeypatch):
-    """A CPU without AVX-512: oneDNN says so, or only fails."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param == "a trial")
-    if request.param == "a trial":
-        fail_to_pack(monkeypatch, torch.bfloat16)
+def linear(bias=True):
+    return nn.Linear(48, 24, bias=bias).requires_grad_(False)
 
 
-def fail_to_pack(monkeypatch, *dtypes, error=RuntimeError):
-    pack = torch.ops.mkldnn._reorder_linear_weight
-
-    def fail(weight, rows):
-        if weight.dtype in dtypes:
-            raise error("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx512bw")
-        return pack(weight, rows)
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fail)
+def rounded(plain, dtype):
+    return kernels.widened(copy.deepcopy(plain), dtype)
 
 
-def test_bfloat16_falls_back_to_plain_kernels_and_says_so(no_bfloat16, run, tiny):
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "make"), [("bfloat16", kernels.HalfLinear), ("int8", kernels.Int8Linear)])
+def test_a_packed_product_is_that_of_the_rounded_weights(dtype, make, bias):
+    plain, x = linear(bias), torch.randn(2, 3, 48)
+    x[0, 0, 5] = 300  # an outlier, as GPT-2's activations have
+    y = make(plain)(x)
+    torch.testing.assert_close(y, rounded(plain, dtype)(x), atol=1e-3 * y.abs().max().item(), rtol=0)
+    assert (y - plain(x)).abs().max() > 1e-3 * y.abs().max() * (dtype == "int8")
+
+
+def test_an_int8_product_does_not_saturate_and_knows_zero():
+    plain = linear()
+    plain.weight.fill_(2)
+    for value in 0.0, 5.0, -5.0:
+        x = torch.full((1, 48), value)
+        torch.testing.assert_close(kernels.Int8Linear(plain)(x), plain(x), rtol=1e-4, atol=1e-4)
+    plain.weight.zero_()
+    torch.testing.assert_close(kernels.Int8Linear(plain)(x), plain(x))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+@pytest.mark.parametrize("inputs", [96, 7])
+def test_the_threads_share_the_product_of_one_row(inputs, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    plain = nn.Linear(inputs, 50)
+    for x in torch.randn(1, 1, inputs), torch.randn(2, 1, inputs), torch.randn(1, 5, inputs):
+        torch.testing.assert_close(kernels.RowLinear(plain)(x), plain(x))
+
+
+def test_float32_weights_are_read_where_the_file_is_mapped(gpt, tiny):
+    mapped, ids = gpt.h[0].mlp.c_proj.weight.data_ptr(), torch.randint(50, (2, 16))
+    kernels.prepare(gpt)
+    assert gpt.h[0].mlp.c_proj.weight.data_ptr() == mapped
+    torch.testing.assert_close(gpt(ids)[0], tiny[1](ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_without_fbgemm_the_weights_are_widened_and_the_first_line_says_so(dtype, run, tiny, monkeypatch):
+    words = (f"--model={tiny[0]}", f"--dtype={dtype}", *FLAGS)
+    packed = run(*words)[1]
+    monkeypatch.setattr(kernels, "FBGEMM", False)
+    _, widened, _ = run(*words)
+    assert WIDENED.format(dtype) not in packed and widened.count("(fbgemm was True, is False)") == 2
+    assert widened.splitlines()[6] == packed.splitlines()[6]
     for flags in [], ["--window"], ["--batch=2"], ["--verify"]:
-        status, out, err = run(f"--model={tiny[0]}", "--dtype=bfloat16", *FLAGS, *flags)
+        status, out, err = run(*words, *flags)
         assert (status, err) == (0, "")
-        assert out.splitlines()[0].endswith(", " + PLAIN.format("bfloat16"))
-    assert PLAIN.format("float32") not in run(f"--model={tiny[0]}", *FLAGS)[1]
+        assert out.splitlines()[0].endswith(", " + WIDENED.format(dtype))
 
 
-def test_a_graph_of_packed_weights_is_not_reused_where_they_cannot_be_packed(run, tiny, monkeypatch):
-    _, packed, _ = run(f"--model={tiny[0]}", *FLAGS)
-    monkeypatch.setattr(kernels, "linear", None)
-    status, plain, err = run(f"--model={tiny[0]}", *FLAGS)
-    assert (status, err) == (0, "") and PLAIN.format("float32") + "\n" in plain
-    assert plain.count(": traced in ") == 2 and "(plain_kernels was " in plain
-    assert plain.splitlines()[6] == packed.splitlines()[6]
-
-
-def test_only_onednns_own_error_is_caught(monkeypatch):
-    fail_to_pack(monkeypatch, torch.float32, error=TypeError)
-    with pytest.raises(TypeError):
-        kernels.can_pack(torch.float32)
-    fail_to_pack(monkeypatch, torch.float32)
-    assert not kernels.can_pack(torch.float32)
-
-
-def test_bfloat16_runs_on_a_cpu_with_avx2_alone(tiny):
-    """The real oneDNN, limited by its environment variable."""
-    command = [sys.executable, run_model.__file__, f"--model={tiny[0]}", "--dtype=bfloat16", *FLAGS]
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_every_dtype_runs_on_a_cpu_with_avx2_alone(dtype, tiny):
+    """The real engines, limited by their environment variables."""
+    command = [sys.executable, run_model.__file__, f"--model={tiny[0]}", f"--dtype={dtype}", *FLAGS]
+    result = subprocess.run(command, env=os.environ | AVX2, capture_output=True, encoding="utf-8", timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
-    assert PLAIN.format("bfloat16") in result.stdout.splitlines()[0] and "as expected" in result.stdout
+    assert WIDENED.format(dtype) not in result.stdout and "as expected" in result.stdout

@@ -23,9 +23,10 @@ def test_logits_are_those_of_transformers(name, random_checkpoint, tmp_path):
     gpt = weight_loader.load(tmp_path)
     torch.testing.assert_close(gpt(ids)[0], expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(kernels.prepare(gpt)(ids)[0], expected, atol=1e-4, rtol=0)
-    rough = kernels.prepare(weight_loader.load(tmp_path, torch.bfloat16))(ids)[0]
-    assert rough.dtype == torch.float32
-    assert 0 < (rough - expected).abs().max() < 0.05 * expected.abs().max()
+    for dtype in "bfloat16", "int8":
+        rough = kernels.prepare(weight_loader.load(tmp_path), dtype)(ids)[0]
+        assert rough.dtype == torch.float32
+        assert 0 < (rough - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_from_pretrained_takes_names_and_folders(tiny):

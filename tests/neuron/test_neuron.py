@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from neuron_nanogpt import compiler
+from neuron_nanogpt import compiler, weight_loader
 from tests.neuron.standin import StandIn
 
 
@@ -60,6 +60,27 @@ def test_other_compiler_arguments_or_targets_are_compiled_again(write, neuron):
     assert "(target was trn1, is inf2)" in out and "--target=inf2" in neuron.traced[-1].args
 
 
+def test_other_weights_are_compiled_again(write, neuron, tiny, tmp_path, random_checkpoint):
+    """The files hold them."""
+    write()
+    random_checkpoint(tmp_path / "model", seed=1)
+    assert "s (weights changed)" in write(f"--model={tmp_path / 'model'}")[0]
+
+
+def test_the_device_gets_weights_that_are_contiguous_and_of_the_dtype(neuron, tiny):
+    gpt = compiler.Neuron("trn1", (), 1).prepare(weight_loader.load(tiny[0]), "bfloat16")
+    for parameter in gpt.parameters():
+        assert parameter.is_contiguous() and parameter.dtype == torch.bfloat16
+
+
+def test_int8_is_refused_on_the_device(run, tiny, neuron):
+    for flags in [], ["--device=neuron"]:
+        status, out, err = run(f"--model={tiny[0]}", "--dtype=int8", *flags)
+        assert status == 2 and out == "" and err.count("\n") == 1
+        assert "--dtype must be float32 or bfloat16 on a NeuronCore, got int8" in err
+    assert run(f"--model={tiny[0]}", "--dtype=int8", "--device=cpu", "--prompt=abc")[0] == 0
+
+
 def test_a_cache_is_zeroed_before_it_is_saved(write, neuron):
     write()
     states = [p for n, p in torch.jit.load("gpt2_step_neuron.pt").named_parameters() if n.startswith("states.")]
@@ -86,7 +107,7 @@ ROUNDED = {"float32": torch.bfloat16, "bfloat16": torch.float8_e5m2}
 def test_verify_refuses_a_device_that_rounds_to_fewer_bits(dtype, run, neuron, monkeypatch):
     """To bfloat16 where float32 is asked for, to 8 bits where bfloat16 is: seen on weights that were trained."""
 
-    def prepare(self, gpt):
+    def prepare(self, gpt, dtype):
         for parameter in gpt.parameters():
             parameter.copy_(parameter.to(ROUNDED[dtype]))
         return gpt
@@ -118,7 +139,7 @@ def test_without_a_core_or_the_real_package_auto_is_the_cpu_and_neuron_an_error(
         ("is not installed", lambda: monkeypatch.delitem(sys.modules, "torch_neuronx")),
     ):
         change()
-        assert reason in compiler.choose().describe()
+        assert reason in compiler.choose().describe("float32")
         with pytest.raises(ValueError, match=f"--device must be auto or cpu, got neuron: .*{reason}.* pip install"):
             compiler.choose("neuron")
 

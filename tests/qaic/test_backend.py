@@ -109,7 +109,9 @@ class Session:
         assert logits.dtype == np.float32
         for row, places in enumerate(positions):
             self.read[row, places[places >= 0]] = ids[row, places >= 0]
-            last = places.max()
+            if (places < 0).any():
+                self.read[row, -1] = 0  # padding, as model.py writes it
+            last, logits[row] = places.max(), 0
             if last >= 0:
                 text = self.read[row, : last + 1]
                 assert (text >= 0).all()  # no position before the last was left out
@@ -207,10 +209,10 @@ def test_an_error_of_qefficient_is_one_line(sdk, monkeypatch, capsys, name):
 
 @pytest.mark.parametrize(("off_by", "status"), [(0, 0), (1, 1)])
 def test_verify_compares_the_cards_session_with_the_cpu(sdk, monkeypatch, capsys, off_by, status):
-    """Prompts of several chunks and of unequal lengths."""
+    """Prompts of several chunks and of unequal lengths, of which one fills the context."""
     monkeypatch.setattr(Session, "off_by", off_by)
     prompts = ["--prompt=" + "Hi there!! " * 8, "--prompt=ROMEO:", "--prompt=" + "To be, or not to be" * 3]
-    ended, printed = run(capsys, "--verify", *prompts, "--prefill-seq-len=8")
+    ended, printed = run(capsys, "--verify", *prompts, "--prefill-seq-len=8", "--ctx-len=41")
     assert ended == status, printed.err
     assert ("NOT as expected" if status else ": as expected") + " (up to 0.01)" in printed.out
     apart = float(re.search(r"within (\S+) of", printed.out)[1])

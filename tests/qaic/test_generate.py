@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from qaic_gpt2 import example, generation, model, quantizer
+from qaic_gpt2 import example, fusion, generation, model
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from shared.sampling import Sampler
 from shared.tokenizer import find_model, load_tokenizer
@@ -110,12 +110,13 @@ def test_both_kinds_of_tokenizer_give_the_same(nano, compiled, tokenizer):
         (
             "compile",
             {"ctx_len": 257},
-            "ctx_len must be from prefill_seq_len (32) to the model's 256 positions, got 257",
+            "ctx_len must be from prefill_seq_len (128) to the model's 256 positions, got 257",
         ),
         ("compile", {"ctx_len": 16, "prefill_seq_len": 17}, "ctx_len must be from prefill_seq_len (17)"),
         ("compile", {"num_cores": 0}, "num_cores must be a whole number of 1 or more, got 0"),
         ("compile", {"batch_size": "2"}, "batch_size must be a whole number of 1 or more, got '2'"),
         ("compile", {"full_batch_size": 4}, "full_batch_size must be None on a CPU, got 4"),
+        ("compile", {"int8_matmul": True, "int4_matmul": True}, "int4_matmul must be False with int8_matmul, got True"),
         ("compile", {"onnx_path": "nowhere.onnx"}, "onnx_path must be a file, got nowhere.onnx"),
         ("generate", {"generation_len": 0}, "generation_len must be a whole number of 1 or more, got 0"),
         ("generate", {"prompts": "a"}, "prompts must be a list of texts, got 'a'"),
@@ -132,9 +133,10 @@ def test_the_class_refuses_in_one_line(method, settings, message, tokenizer):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_int8_is_quantized_from_float32(compiled, nano):
-    with pytest.raises(ValueError, match="dtype must be float32 with int8_matmul, got float16"):
-        compiled(nano, "float16", int8_matmul=True)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_are_quantized_from_float32(compiled, nano, bits):
+    with pytest.raises(ValueError, match=f"dtype must be float32 with int{bits}_matmul, got float16"):
+        compiled(nano, "float16", **{f"int{bits}_matmul": True})
 
 
 # -- the statistics
@@ -209,7 +211,7 @@ def test_example_without_arguments_runs_the_default_model():
     assert "\nHi there!!" in result.stdout and re.search(STATS, result.stdout)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int4"])
 def test_the_dump_holds_what_was_printed(tmp_path, dtype, capsys):
     dump = tmp_path / "d.npz"
     flags = ["--model=gpt2-nano", "--max_new_tokens=150", "--ignore-eos", f"--precision={dtype}", f"--dump={dump}"]
@@ -263,7 +265,7 @@ def test_end_of_text_ends_a_text_unless_ignored(tmp_path, capsys):
         (["--max-new-tokens=0"], "--max-new-tokens must be 1 or more, got 0"),
         (["--max-new-tokens=x"], "argument --max-new-tokens: invalid int value: 'x'"),
         (["--prefill-seq-len=-1"], "--prefill-seq-len must be 1 or more, got -1"),
-        (["--ctx-len=300"], "ctx_len must be from prefill_seq_len (32) to the model's 256 positions, got 300"),
+        (["--ctx-len=300"], "ctx_len must be from prefill_seq_len (128) to the model's 256 positions, got 300"),
         (["--prompt=" + "Z" * 257], "prompt must have at most ctx_len (256) tokens, got 257"),
         (["--model=nowhere"], "'nowhere'"),
         (["--dtype=bfloat16"], "argument --dtype/--precision: invalid choice: 'bfloat16'"),
@@ -278,11 +280,17 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, capsys):
     assert message in refused(capsys, *flags)
 
 
-def test_int8_of_a_width_without_blocks_is_one_line(make_checkpoint, capsys):
-    folder = make_checkpoint(n_layer=1, n_embd=24)
+@pytest.mark.parametrize(
+    ("n_embd", "message"),
+    [
+        (24, "n_embd must be a multiple of 16 with int8, got 24"),
+        (16, "n_embd / n_head must be a multiple of 8 with int8, got 16 and 4"),
+    ],
+)
+def test_int8_of_a_width_without_blocks_is_one_line(make_checkpoint, capsys, n_embd, message):
+    folder = make_checkpoint(n_layer=1, n_embd=n_embd)
     shutil.copy(NANO / "vocab.json", folder)
     shutil.copy(NANO / "merges.txt", folder)
-    message = "n_embd must be a multiple of 16 with int8, got 24"
     with pytest.raises(ValueError, match=message):
         QEFFAutoModelForCausalLM.from_pretrained(folder).compile(int8_matmul=True)
     assert message in refused(capsys, "--dtype=int8", "--prompt=0", model=folder)
@@ -318,7 +326,7 @@ def test_a_bug_in_the_model_keeps_its_traceback(error, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", example.LIMITS)
 @pytest.mark.parametrize(("times", "status"), [(0, 0), (0.99, 0), (1.01, 1), (-1.01, 1), (np.nan, 1), (np.inf, 1)])
 def test_verify_returns_1_beyond_its_limit(dtype, times, status, capsys):
-    limit = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2}[dtype]
+    limit = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2, "int4": 3e-1}[dtype]
     expected = np.array([[1.0, -4, 2]])
     exact, model = (
         types.SimpleNamespace(session=types.SimpleNamespace(prefill=lambda rows, logits=logits: logits))
@@ -330,8 +338,8 @@ def test_verify_returns_1_beyond_its_limit(dtype, times, status, capsys):
 
 @pytest.mark.parametrize(("factor", "status"), [(1, 0), (1.2, 1)])
 def test_verify_finds_wrong_scales(factor, status, tmp_path, monkeypatch, capsys):
-    blocks = quantizer.blocks
-    monkeypatch.setattr(quantizer, "blocks", lambda *given: (blocks(*given)[0], blocks(*given)[1] * np.float32(factor)))
+    blocks = fusion.blocks
+    monkeypatch.setattr(fusion, "blocks", lambda *given: (blocks(*given)[0], blocks(*given)[1] * np.float32(factor)))
     monkeypatch.setenv("QEFF_HOME", str(tmp_path))
     assert example.main(["--model=gpt2-nano", "--verify", "--dtype=int8"]) == status
     assert "as expected (up to 0.05)" in capsys.readouterr().out

@@ -1,9 +1,12 @@
 """The graph and its artifacts, against transformers, onnx and onnxruntime's own quantizer."""
 
-import importlib
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import yaml
 from onnx import numpy_helper
 from onnxruntime.quantization import matmul_nbits_quantizer
 
-from qaic_gpt2 import exporter, quantizer, weight_loader
+from qaic_gpt2 import auto_model, exporter, files, fusion, quantizer, weight_loader
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from qaic_gpt2.files import ArtifactError
 from qaic_gpt2.runtime import Session
@@ -61,21 +64,19 @@ def test_the_exported_graph_is_what_qefficient_documents(tiny):
     assert outputs == {"logits": ["batch_size", 1, 97]} | {f"{name}_RetainedState": cache for name in caches}
 
 
-@pytest.mark.parametrize("name", ["model", "weight_loader", "exporter", "compiler", "quantizer"])
-def test_other_code_makes_another_artifact(tiny, compiled, tmp_path, monkeypatch, name):
-    module, first = importlib.import_module(f"qaic_gpt2.{name}"), compiled(tiny, ctx_len=64)
-    changed = tmp_path / "changed.py"
-    changed.write_text(Path(module.__file__).read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    monkeypatch.setattr(module, "__file__", str(changed))
+@pytest.mark.parametrize("name", ["EXPORT_FORMAT", "FORMAT"])
+def test_another_format_makes_another_artifact(tiny, compiled, monkeypatch, name):
+    first = compiled(tiny, ctx_len=64)
+    monkeypatch.setattr(auto_model, name, getattr(auto_model, name) + 1)
     other = QEFFAutoModelForCausalLM.from_pretrained(tiny)
     other.compile(ctx_len=64)
     assert other.qpc_path != first.qpc_path
-    assert (other.onnx_path != first.onnx_path) == (name not in ("compiler", "quantizer"))
+    assert (other.onnx_path != first.onnx_path) == (name == "EXPORT_FORMAT")
 
 
 def test_other_settings_make_another_artifact(tiny, compiled):
     settings = [{}, {"ctx_len": 63}, {"prefill_seq_len": 31}, {"batch_size": 2}, {"num_cores": 14}, {"num_devices": 2}]
-    settings += [{"mxfp6_matmul": True}, {"mxint8_kv_cache": True}, {"int8_matmul": True}]
+    settings += [{"mxfp6_matmul": True}, {"mxint8_kv_cache": True}, {"int8_matmul": True}, {"int4_matmul": True}]
     folders = {compiled(tiny, **{"ctx_len": 64} | other).qpc_path for other in settings}
     assert len(folders) == len(settings)
 
@@ -132,7 +133,7 @@ def test_rows_of_unequal_lengths_are_what_they_are_alone(tiny, reference, compil
         np.testing.assert_allclose([step[row] for step in logits], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3, 7])  # None: all 8 positions, of which the default 32 are more
+@pytest.mark.parametrize("chunk", [None, 1, 3, 7])  # None: all 8 positions, of which the default 128 are more
 def test_rows_that_fill_the_context_are_what_they_are_alone(make_checkpoint, compiled, chunk):
     """The last chunk has no padding, which would be written to the last slot."""
     folder = make_checkpoint(n_layer=1, n_positions=8, vocab_size=11, bos_token_id=0, eos_token_id=0)
@@ -156,7 +157,8 @@ def test_the_cache_is_written_in_place(tiny, compiled):
     cache = session.cache["past_value.2"]
     cache[:] = np.random.default_rng(0).normal(size=cache.shape)
     before = cache.copy()
-    session.run(np.array([[3]]), np.array([[7]]))
+    session.positions[:] = 7
+    session.decode(np.array([3]))
     changed = (cache != before).any(axis=(0, 1, 3))
     assert np.flatnonzero(changed).tolist() == [7]
 
@@ -171,7 +173,9 @@ def test_the_mask_is_finite_in_float16_and_hides_every_later_slot(tiny, dtype, c
     assert np.isfinite(clean).all()
 
 
-@pytest.mark.parametrize(("settings", "limit"), [({"dtype": "float16"}, 2e-3), ({"int8_matmul": True}, 3e-2)])
+@pytest.mark.parametrize(
+    ("settings", "limit"), [({"dtype": "float16"}, 2e-3), ({"int8_matmul": True}, 3e-2), ({"int4_matmul": True}, 0.2)]
+)
 def test_lower_precisions_are_close(settings, limit, nano, compiled):
     session = compiled(nano, **settings).session
     exact = compiled(nano).session
@@ -180,24 +184,26 @@ def test_lower_precisions_are_close(settings, limit, nano, compiled):
     assert 0 < np.abs(session.prefill(ids) - expected).max() < limit * np.abs(expected).max()
 
 
-def test_blocks_equal_those_of_onnxruntimes_quantizer():
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_equal_those_of_onnxruntimes_quantizer(bits):
     weight = np.random.default_rng(0).normal(size=(256, 48)).astype(np.float32)  # K, N
     graph = onnx.parser.parse_graph("g (float[1, 256] x) => (float[1, 48] y) { y = MatMul(x, w) }")
     graph.initializer.append(numpy_helper.from_array(weight, "w"))
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    settings = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(block_size=64, is_symmetric=True, bits=8)
-    theirs = matmul_nbits_quantizer.MatMulNBitsQuantizer(model, bits=8, algo_config=settings)
+    settings = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(block_size=64, is_symmetric=True, bits=bits)
+    theirs = matmul_nbits_quantizer.MatMulNBitsQuantizer(model, bits=bits, algo_config=settings)
     theirs.process()
     theirs = [numpy_helper.to_array(tensor) for tensor in theirs.model.model.graph.initializer]
-    blocks, scales = quantizer.blocks(weight.T, 64)
+    blocks, scales = quantizer.blocks(weight.T, 64, bits)
     expected = next(a for a in theirs if a.dtype == np.float32).reshape(scales.shape)
     np.testing.assert_allclose(scales, expected, rtol=1e-6)
     apart = next(a for a in theirs if a.dtype == np.uint8).reshape(blocks.shape).astype(int) - blocks
-    assert np.abs(apart).max() <= 1 and (apart == 0).mean() > 0.999  # a rounding at one half
+    assert np.abs(apart).max() <= (1 if bits == 8 else 16) and (apart == 0).mean() > 0.999  # a rounding at one half
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("width", [256, 192, 96, 48])
-def test_int8_is_exact_integer_arithmetic_on_any_cpu(tmp_path, width):
+def test_blocks_are_exact_integer_arithmetic_on_any_cpu(tmp_path, width, bits):
     """With the largest products, whose sums of two do not fit into 16 bits, in blocks of 128, 64, 32 and 16.
 
     AVX2 instructions saturate there (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html);
@@ -206,15 +212,22 @@ def test_int8_is_exact_integer_arithmetic_on_any_cpu(tmp_path, width):
     rng, rows = np.random.default_rng(0), 12
     weight = rng.choice([-1, 1], size=(rows, width)).astype(np.float32)
     weight[: rows // 2] = weight[: rows // 2, :1]  # sums as large as they can be
-    form = f"g (float[M, {width}] x) => (float[M, {rows}] y) {{ y = Gemm<transB=1>(x, w) }}"
-    graph = onnx.parser.parse_graph(form)
+    graph = onnx.parser.parse_graph(f"g (float[M, {width}] x) => (float[M, {rows}] y) {{ y = Identity(x) }}")
     graph.initializer.append(numpy_helper.from_array(weight, "w"))
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(quantizer.quantize(tmp_path / "model.onnx", tmp_path))
-    size = next(size for size in quantizer.BLOCKS if width % size == 0)
-    blocks, scales = quantizer.blocks(weight, size)
-    stored = (blocks.astype(np.float64) - 128) * scales[..., None]
+    with (tmp_path / exporter.WEIGHTS).open("wb") as file:
+        build = fusion.Builder(fusion.Graph(graph), tmp_path, file, bits)
+        build.times_blocks("x", "w", "y", rows=True)
+    for field, content in ("node", build.nodes), ("initializer", build.tensors.values()):
+        graph.ClearField(field)
+        getattr(graph, field).extend(content)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in (("", 17), ("com.microsoft", 1))]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    blocks, scales = quantizer.blocks(weight, quantizer.largest_block(width, bits))
+    stored = (blocks.astype(np.float64) - 128) * scales[..., None]  # +1 and -1: exact in 4 bits too, but for +1
+    if bits == 4:
+        stored = np.sign(stored)
+        stored[weight.reshape(stored.shape) * np.sign(-scales[..., None]) < 0] *= 7 / 8
     for count in (1, 2, 5, 33):
         x = rng.choice([-1, 1], size=(count, width)).astype(np.float32)
         x[:, : width // 2] = 1
@@ -222,12 +235,94 @@ def test_int8_is_exact_integer_arithmetic_on_any_cpu(tmp_path, width):
         np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5 * width)
 
 
-def test_int8_stores_a_quarter_and_the_tied_table_once(tiny, nano, compiled):
-    folder = compiled(nano, int8_matmul=True).qpc_path
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.3), (4, 0.22)])
+def test_blocks_are_a_fraction_of_the_size_and_the_tied_table_is_stored_once(nano, compiled, bits, most):
+    """In 4 bits the embedding has a table of its own, in 8."""
+    folder = compiled(nano, **{f"int{bits}_matmul": True}).qpc_path
     exported = (folder.parent / exporter.WEIGHTS).stat().st_size
-    assert (folder / exporter.WEIGHTS).stat().st_size < 0.3 * exported
-    names = [tensor.name for tensor in onnx.load(folder / "program.onnx", load_external_data=False).graph.initializer]
-    assert names.count("wte.weight.blocks") == 1 and "wte.weight" not in names
+    assert (folder / exporter.WEIGHTS).stat().st_size < most * exported
+    tensors = onnx.load(folder / "program.onnx", load_external_data=False).graph.initializer
+    places = [(tensor.name, exporter.entry(tensor, "offset")) for tensor in tensors]
+    tables = {place for name, place in places if name.startswith("wte.weight.blocks")}
+    assert len(tables) == (1 if bits == 8 else 2) and "wte.weight" not in dict(places)
+
+
+# -- onnxruntime's fused operators
+
+
+def operators(folder):
+    return [node.op_type for node in onnx.load(folder / "program.onnx", load_external_data=False).graph.node]
+
+
+@pytest.mark.parametrize("options", [{}, {"int8_matmul": True}, {"int4_matmul": True}])
+def test_the_program_has_one_operator_for_each_attention(tiny, compiled, options):
+    found = operators(compiled(tiny, ctx_len=64, **options).qpc_path)
+    assert found.count("GroupQueryAttention") == 3 and found.count("SkipLayerNormalization") == 6
+    assert not {"ScatterND", "Softmax", "Where", "Reshape", "Transpose"} & {*found} and len(found) < 15 * 3
+
+
+def edit(tiny, folder, change):
+    """A graph like the export, in folder, whose nodes were changed."""
+    exported = QEFFAutoModelForCausalLM.from_pretrained(tiny).export()
+    graph = onnx.load(exported)
+    assert sum(change(node) or 0 for node in graph.graph.node)
+    onnx.save(graph, folder / "other.onnx")
+    return folder / "other.onnx"
+
+
+def rename(old, new):
+    def change(node):
+        found = node.op_type == old
+        node.op_type = new if found else node.op_type
+        return found
+
+    return change
+
+
+def weak_mask(node):
+    """Hides later positions by -10 alone."""
+    value = node.op_type == "Constant" and numpy_helper.to_array(node.attribute[0].t)
+    if found := np.array_equal(value, np.float32(-1e4)):
+        node.attribute[0].t.CopyFrom(numpy_helper.from_array(np.float32(-10).reshape(())))
+    return found
+
+
+@pytest.mark.parametrize(
+    "change", [rename("LessOrEqual", "Less"), rename("ArgMax", "ArgMin"), rename("Tanh", "Erf"), weak_mask]
+)
+def test_a_graph_that_computes_something_else_is_compiled_as_it_is(tiny, tmp_path, change):
+    path, model = edit(tiny, tmp_path, change), QEFFAutoModelForCausalLM.from_pretrained(tiny)
+    model.compile(path, ctx_len=64)
+    assert operators(model.qpc_path).count("ScatterND") == 6
+    program, graph = model.session, onnxruntime.InferenceSession(path)
+    ids = np.random.default_rng(0).integers(97, size=(1, 9))
+    feeds = {"input_ids": ids, "position_ids": np.arange(9)[None]}
+    feeds |= {value.name: np.zeros((1, 4, 64, 16), np.float32) for value in graph.get_inputs()[2:]}
+    np.testing.assert_allclose(program.prefill(ids), graph.run(["logits"], feeds)[0][:, 0], atol=1e-4)
+    with pytest.raises(ValueError, match="onnx_path must be a GPT-2 as export writes it, with int8"):
+        model.compile(path, ctx_len=64, int8_matmul=True)
+
+
+@pytest.mark.parametrize("n_head", [64, 16])
+def test_heads_that_the_operator_refuses_are_compiled_as_they_are(make_checkpoint, compiled, n_head):
+    """Of sizes that are no multiple of 8."""
+    folder, ids = make_checkpoint(n_layer=1, n_head=n_head), [[5, 3, 9, 1]]
+    model = compiled(folder)
+    expected = expected_logits(transformers.GPT2LMHeadModel.from_pretrained(folder).eval(), ids)[:, -1]
+    np.testing.assert_allclose(model.session.prefill(ids), expected, atol=1e-4)
+    assert "GroupQueryAttention" not in operators(model.qpc_path)
+
+
+def test_a_compiled_model_starts_without_torch_transformers_and_onnx(tiny):
+    code = (
+        "import sys; from pathlib import Path; from qaic_gpt2 import bench, example; "
+        "engine = bench.load(Path(sys.argv[1]), 'float32'); print(bench.greedy(engine, [1, 2], 3)); "
+        "sys.exit(bool({'torch', 'transformers', 'onnx'} & {*sys.modules}))"
+    )
+    command, root = [sys.executable, "-c", code, str(tiny)], Path(exporter.__file__).parents[1]
+    runs = [subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8") for _ in range(2)]
+    assert [run.returncode for run in runs] == [1, 0], runs[1].stderr  # the first exports and compiles
+    assert runs[0].stdout == runs[1].stdout
 
 
 def test_the_artifact_is_in_the_compilers_formats(tiny, compiled):
@@ -373,3 +468,52 @@ def test_the_digest_covers_each_file_that_is_read_and_no_other(weights, tmp_path
     assert len({*digests}) == len(digests)
     (tmp_path / "model_ema.safetensors").unlink()
     assert weight_loader.digest(tmp_path) == digests[-1]
+
+
+# -- the SHA-256 of large files
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """(a large file that is not young, the list of what was read to be hashed)"""
+    monkeypatch.setenv("QEFF_HOME", str(tmp_path / "home"))
+    (tmp_path / "large").write_bytes(bytes(files.LARGE))
+    time.sleep(2 * files.TICK_NS / 1e9)
+    digest, read = hashlib.file_digest, []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    return tmp_path / "large", read
+
+
+def real_sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(large, tmp_path):
+    path, read = large
+    assert {files.sha256(path) for _ in range(3)} == {real_sha256(path)} and len(read) == 1
+    moved = path.rename(tmp_path / "moved")
+    times = moved.stat().st_atime_ns, moved.stat().st_mtime_ns
+    time.sleep(2 * files.TICK_NS / 1e9)
+    with moved.open("r+b") as file:
+        file.write(b"1")
+    os.utime(moved, ns=times)  # the same size and time as before
+    assert files.sha256(moved) == real_sha256(moved)
+
+
+def test_a_file_that_was_just_written_is_hashed_again(large, monkeypatch):
+    """It may change within the same tick of the clock, and keep its times."""
+    path, read = large
+    monkeypatch.setattr(files, "TICK_NS", 10**12)
+    assert files.sha256(path) == files.sha256(path) == real_sha256(path) and len(read) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000, '{"1:2": 5}', None])
+def test_damaged_or_missing_known_hashes_are_no_error(large, tmp_path, content):
+    path, read = large
+    (tmp_path / "home").mkdir()
+    if content is None:
+        (tmp_path / "home").rmdir()
+        (tmp_path / "home").write_text("a file", encoding="utf-8")
+    else:
+        (tmp_path / "home" / files.KNOWN_HASHES).write_text(content, encoding="utf-8")
+    assert files.sha256(path) == files.sha256(path) == real_sha256(path)

@@ -1,297 +1,300 @@
-"""Runs every project's bench.py on gpt2-nano and on GPT-2 124M's shape, and writes a table, a chart and a JSON file.
+"""Measures every project's engine in turns with transformers or, with --peers, with all that a user would pick instead.
 
-    python -m tests.tools.bench [--rounds N] [--new-tokens N] [--models gpt2-nano gpt2-random]
+    python -m tests.tools.bench [--peers] [--models gpt2-nano gpt2] [--rounds N] [--only NAME ...]
 
-Each bench.py measures its engine and transformers, interleaved call by call; rounds interleave the projects. An
-interrupted run continues from the results that it kept; a project whose code has changed is measured again.
+Each engine runs in a process and an environment of its own (tests/tools/worker.py). It starts without and with what it
+stores on disk; then rounds interleave the engines. In float32 all must choose the tokens that transformers chooses, or
+their row is void. results/bench gets one JSON file, the tables and a chart.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 
-from tests.conventions.rules import ROOT, projects
-from tests.tools import roofline
-from tests.tools.examples import Failed, python_of
+from shared.tokenizer import load_tokenizer
+from tests.conventions.rules import ROOT, env_of, projects
+from tests.tools import machine, tables, training
+from tests.tools.examples import Failed, make_environment
+from tests.tools.process import Worker, environment, error_line, last_line
+from tests.tools.random_model import write_random
 
-MODELS = {"gpt2-nano": "--model=gpt2-nano", "gpt2-random": "--random=gpt2"}
-TITLES = {"gpt2-nano": "gpt2-nano, 3.6M parameters", "gpt2-random": "GPT-2 124M's shape"}
-MARKERS = {"float32": "o", "bfloat16": "s", "float16": "D", "int8": "^"}
+NANO = ROOT / "checkpoints" / "gpt2-nano"
+REFEREE = "transformers"
+PEERS = (REFEREE, "ctranslate2", "llama", "onnxruntime", "openvino")
+PROMPT, NEW_TOKENS, WARM_STARTS = 16, 64, 2
+EXACT = ("float32", "bfloat16", "float16")  # of these, a peer's perplexity is not measured
+BUSY = 0.15  # of the CPUs' time
 
 
-def measure(root: Path, folder: Path, models: list[str], rounds: int, new_tokens: int) -> list[str]:
-    """Writes one file per run into folder; returns a line for each run that failed."""
-    runs = [(number, model, name) for number in range(1, rounds + 1) for model in models for name in projects(root)]
-    failed, pythons = [], {}
-    for place, (number, model, name) in enumerate(runs, 1):
-        print(f"\n[{place} of {len(runs)}] {name}, {TITLES[model]}, round {number}", end="", flush=True)
-        words = ["bench.py", MODELS[model], f"--new-tokens={new_tokens}"]
-        path, key = folder / f"{number}-{model}-{name}.json", fingerprint(root, name, words)
-        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["key"] == key:
-            print(": measured by an earlier run", flush=True)
-            continue
+@dataclass
+class Engine:
+    """One engine in one dtype, on one model; what was measured of it."""
+
+    name: str
+    module: str
+    python: Path
+    dtype: str
+    width: str
+    folder: Path  # of the model, or of what was converted from it
+    home: Path  # where it stores what it compiles
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"decode": [], "prefill": []})
+    row: dict = field(default_factory=dict)
+
+    def fail(self, error: Exception) -> None:
+        self.row["error"] = str(error)
+        print(f"  {self.name} {self.dtype}: {error}", flush=True)
+
+
+def run_worker(engine: Engine, root: Path) -> Worker:
+    return Worker(root, engine.python, [engine.module, engine.folder, engine.dtype], engine.home)
+
+
+def run_python(root: Path, home: Path, python: Path, code: str, *words) -> str:
+    home.mkdir(parents=True, exist_ok=True)
+    command = [python, "-c", code, *words]
+    run = subprocess.run(command, cwd=home, env=environment(root, home), capture_output=True, encoding="utf-8")
+    if run.returncode:
+        raise Failed(f"FAILED: {error_line(run.stderr.splitlines())}")
+    return run.stdout
+
+
+# -- which engines
+
+
+def find_engines(root: Path, scratch: Path, model: str, folder: Path, names: list[str]) -> tuple[list, list]:
+    """An Engine for each dtype of each name, and a row for each name that cannot run here."""
+    engines, failed = [], []
+    for name in names:
+        ours = name not in PEERS
+        module = f"{name}.bench" if ours else f"tests.tools.peers.{name}"
+        home = scratch / model / name
         try:
-            pythons[name] = pythons.get(name) or python_of(root, name)
-            print(flush=True)
-            document = run(pythons[name], root / name, words)
+            python = make_environment(root, env_of(name) if ours else f"peer-{name}")
+            code = f"import json; from {module} import DTYPES; print(json.dumps(DTYPES))"
+            widths = json.loads(last_line(run_python(root, home, python, code).splitlines()))
+            own = folder if ours or name == REFEREE else convert(root, home, python, module, folder)
         except Failed as error:
-            print(flush=True)
-            failed.append(f"{name}, {TITLES[model]}: {error}")
+            print(f"  {name}: {error}", flush=True)
+            failed.append({"model": model, "name": name, "ours": ours, "error": str(error)})
             continue
-        write(path, json.dumps(document | {"key": key, "model": model}, indent=1) + "\n")
-    return failed
+        for dtype, width in widths.items():
+            engines.append(Engine(name, module, python, dtype, width, own, home / dtype))
+    return engines, failed
 
 
-def fingerprint(root: Path, project: str, words: list[str]) -> str:
-    """A hash of the command and of the code that it measures."""
-    files = sorted([*(root / project).rglob("*.py"), *(root / "shared").glob("*.py")])
-    return hashlib.sha256(b"\0".join([*map(str.encode, words), *(file.read_bytes() for file in files)])).hexdigest()
+def convert(root: Path, home: Path, python: Path, module: str, folder: Path) -> Path:
+    converted, start = home / "converted", time.perf_counter()
+    code = f"import sys; from pathlib import Path; from {module} import convert; convert(*map(Path, sys.argv[1:]))"
+    run_python(root, home, python, code, folder, converted)
+    print(f"  {module.rpartition('.')[2]}: converted in {time.perf_counter() - start:.0f} s", flush=True)
+    return converted
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+# -- what is measured
 
 
-def run(python: Path, folder: Path, words: list[str]) -> dict:
-    """Prints what bench.py prints; its last line is the results, and an earlier one has the memory bandwidth."""
-    lines = []
-    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUTF8": "1"}
-    with subprocess.Popen(
-        [python, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, encoding="utf-8"
-    ) as process:
-        try:
-            for line in process.stdout:
-                lines.append(line)
-                if not line.startswith("{"):
-                    print(f"  {line}", end="", flush=True)
-        except KeyboardInterrupt:
-            process.terminate()
-            raise
-    if process.returncode:
-        raise Failed(f"FAILED with exit status {process.returncode}")
-    try:
-        document = json.loads(lines[-1])
-        results = document["results"]
-    except (IndexError, ValueError, KeyError, TypeError):
-        raise Failed("FAILED: its last line must be the JSON document of results") from None
-    bandwidth = re.search(r"memory bandwidth ([\d.]+) GB/s", "".join(lines))
+def prompts(folder: Path) -> dict[str, dict]:
+    """The requests for decode after a short prompt, and for prefill of half a context."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    context, vocabulary = config.get("n_positions", 1024), config.get("vocab_size", 50257)
+    ids = np.random.default_rng(1).integers(vocabulary - 1, size=context // 2).tolist()
     return {
-        "project": document.get("project", folder.name),
-        "bandwidth_gb_s": float(bandwidth[1]) if bandwidth else None,
-        "results": results,
+        "decode": {"prompt": ids[:PROMPT], "new_tokens": NEW_TOKENS},
+        "prefill": {"prompt": ids, "new_tokens": 1},
     }
 
 
-# -- the results of all runs
+def start(engine: Engine, root: Path, prompt: list[int]) -> Worker:
+    """The worker of an engine that has made its first token; the seconds from the start of a process to there, with
+    nothing stored on disk (cold) and then (warm)."""
+    shutil.rmtree(engine.home, ignore_errors=True)
+    times = []
+    while True:
+        begin = time.perf_counter()
+        worker = run_worker(engine, root)
+        try:
+            answer = worker.ask(prompt=prompt, new_tokens=1)
+        except BaseException:
+            worker.__exit__()
+            raise
+        times.append(time.perf_counter() - begin)
+        if len(times) > WARM_STARTS:
+            break
+        worker.__exit__()
+    facts = {"engine": answer["engine"], "step_bytes": answer["step_bytes"], "peak_mb": answer["peak_mb"]}
+    engine.row |= facts | {"cold_s": round(times[0], 2), "warm_s": round(statistics.median(times[1:]), 2)}
+    return worker
 
 
-def gather(folder: Path, models: list[str]) -> list[dict]:
-    """One row for each (model, project, work, dtype): medians over the rounds."""
-    rows = {}
-    for path in sorted(folder.glob("*-*.json")):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        for result in document["results"] if document["model"] in models else ():
-            ours, bandwidth = result["tokens_per_s"], document["bandwidth_gb_s"]
-            # tokens_per_s counts the tokens of all texts in the batch, which share the bytes of one step
-            read = result.get("mbu") and ours and bandwidth and result["mbu"] * bandwidth * 1e9 / ours
-            row = result | {"read_mb_a_token": read and round(read / 1e6, 1)}
-            key = document["model"], document["project"], result["work"], result["dtype"], result["model"]
-            rows.setdefault(key, []).append(row | {"peer_tokens_per_s": (result["peer"] or {}).get("tokens_per_s")})
-    return [
-        {"of": model, "project": project} | {name: median([row.get(name) for row in group]) for name in group[0]}
-        for (model, project, *_), group in rows.items()
-    ]
+def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, rounds: int) -> None:
+    """Starts the engines of one width, and asks each in turns."""
+    workers = {}
+    try:
+        for engine in engines:
+            try:
+                workers[engine.home] = start(engine, root, requests["decode"]["prompt"])
+                print(f"  {engine.name} {engine.dtype}: first token after {engine.row['cold_s']:.1f} s cold,", end=" ")
+                print(f"{engine.row['warm_s']:.1f} s warm, {engine.row['peak_mb']:,} MB", flush=True)
+            except Failed as error:
+                engine.fail(error)
+        for number in range(-1, rounds):  # the first is not timed
+            for engine in engines:
+                if "error" not in engine.row:
+                    measure_round(engine, workers[engine.home], requests, expected, timed=number >= 0)
+    finally:
+        for worker in workers.values():
+            worker.__exit__()
 
 
-def median(values):
-    """The median of numbers that every run gave, or else the first value."""
-    return statistics.median(values) if all(type(value) in (int, float) for value in values) else values[0]
+def measure_round(engine: Engine, worker: Worker, requests: dict, expected: dict, timed: bool) -> None:
+    try:
+        for work, request in requests.items():
+            answer = worker.ask(**request)
+            if engine.name == REFEREE and engine.dtype == "float32":
+                expected[work] = answer["tokens"]
+            elif engine.width == "float32":
+                check(work, answer["tokens"], expected.get(work))
+            if timed:
+                engine.seconds[work].append(answer["seconds"])
+    except Failed as error:
+        engine.fail(error)
 
 
-def one(rows, model, project, work):
-    return next((row for row in rows if (row["of"], row["project"], row["work"]) == (model, project, work)), {})
+def check(work: str, tokens: list[int], expected: list[int] | None) -> None:
+    if expected is None:
+        raise Failed(f"void: there are no tokens of {REFEREE} to compare with")
+    if tokens != expected:
+        pairs = enumerate(zip(tokens, expected, strict=False))
+        place = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(tokens), len(expected)))
+        raise Failed(f"void: token {place + 1} of {work} is not that of {REFEREE}")
 
 
-def names_in(rows):
-    return sorted({row["project"] for row in rows})
+def finish(engines: list[Engine], model: str, requests: dict, bandwidth: float) -> list[dict]:
+    """Rows of one width: rates, ratios to the best peer within the same rounds, parts of the bandwidth."""
+    good = [engine for engine in engines if "error" not in engine.row]
+    for work, request in requests.items():
+        count = request["new_tokens"] if work == "decode" else len(request["prompt"])
+        peers = [engine for engine in good if engine.name in PEERS]
+        peer = min(peers, key=lambda engine: statistics.median(engine.seconds[work]), default=None)
+        for engine in good:
+            took, ratio = engine.seconds[work], None
+            if peer:
+                pairs = zip(peer.seconds[work], took, strict=True)
+                ratio = round(statistics.median(theirs / ours for theirs, ours in pairs), 3)
+            rate = count / statistics.median(took)
+            engine.row[work] = {"tokens_per_s": round(rate, 1), "ratio": ratio, "best_peer": peer and peer.name}
+    for engine in good:
+        rate = engine.row["decode"]["tokens_per_s"]
+        engine.row["of_bandwidth"] = round(engine.row["step_bytes"] * rate / bandwidth, 3)
+    return [about(engine, model) | engine.row for engine in engines]
 
 
-def table(rows: list[dict], models: list[str]) -> str:
-    """Markdown: float32, one text."""
-    lines = [
-        "| model | project | decode | vs transformers | read per token | prefill | vs transformers | first token |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for model in models:
-        for project in names_in(rows):
-            decode, prefill = one(rows, model, project, "decode"), one(rows, model, project, "prefill")
-            cells = (
-                (decode.get("tokens_per_s"), ",.0f", " tokens/s"),
-                (decode.get("ratio"), ".2f", " x"),
-                (decode.get("read_mb_a_token"), ",.0f", " MB"),
-                (prefill.get("tokens_per_s"), ",.0f", " tokens/s"),
-                (prefill.get("ratio"), ".2f", " x"),
-                (prefill.get("ttft_ms"), ",.1f" if model == "gpt2-nano" else ",.0f", " ms"),
-            )
-            shown = ["" if value is None else f"{value:{digits}}{unit}" for value, digits, unit in cells]
-            lines.append(f"| {TITLES[model]} | {project} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+def about(engine: Engine, model: str) -> dict:
+    ours = engine.name not in PEERS
+    return {"model": model, "name": engine.name, "dtype": engine.dtype, "width": engine.width, "ours": ours}
 
 
-def draw(path: Path, rows: list[dict], models: list[str], bandwidth: float) -> None:
-    """A row of panels per model: tokens/s, time to the first token, and bytes read per token under the bandwidth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = names_in(rows)
-    colors = {name: f"C{i}" for i, name in enumerate(names)}
-    figure, panels = plt.subplots(len(models), 3, figsize=(14, 3.6 * len(models)), squeeze=False, layout="constrained")
-    for (speed, first, memory), model in zip(panels, models, strict=True):
-        decode = [one(rows, model, name, "decode") for name in names]
-        prefill = [one(rows, model, name, "prefill") for name in names]
-        ours = [row.get("tokens_per_s") or 0 for row in decode]
-        theirs = [row.get("peer_tokens_per_s") or 0 for row in decode]
-        speed.set_title(f"{TITLES[model]}\ndecode, tokens/s", fontsize=10)
-        bars(speed, colors, ours, theirs)
-        length = next((row["prompt_tokens"] for row in prefill if row), 0)
-        ours = [row.get("ttft_ms") or 0 for row in prefill]
-        theirs = [1e3 * length / row["peer_tokens_per_s"] if row.get("peer_tokens_per_s") else 0 for row in prefill]
-        first.set_title(f"time to first token after {length} tokens,\nms: less is better", fontsize=10)
-        bars(first, colors, ours, theirs)
-        first.set_yticklabels([])
-        points = [row for row in rows if row["of"] == model and row["read_mb_a_token"] and row["batch"] == 1]
-        memory.set_title(
-            f"MB read per token, and tokens/s;\nthe line: {bandwidth / 1e9:.0f} GB/s, measured", fontsize=10
-        )
-        if points:
-            under_bandwidth(memory, colors, points, bandwidth)
-    handles = [plt.Line2D([], [], color=color, lw=6, label=name) for name, color in colors.items()]
-    handles.append(plt.Line2D([], [], color="lightgrey", lw=6, label="transformers, interleaved"))
-    dtypes = {row["dtype"] for row in rows if row["read_mb_a_token"]}
-    for dtype, marker in MARKERS.items():
-        if dtype in dtypes:
-            handles.append(plt.Line2D([], [], color="grey", marker=marker, mec="black", mew=0.5, lw=0, label=dtype))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+# -- perplexity
 
 
-def bars(panel, colors, ours, theirs):
-    places = np.arange(len(colors))[::-1]
-    panel.barh(places + 0.2, ours, 0.38, color=[*colors.values()])
-    panel.barh(places - 0.2, theirs, 0.38, color="lightgrey")
-    for values, shift in (ours, 0.2), (theirs, -0.2):
-        for place, value in zip(places, values, strict=True):
-            if value:
-                panel.text(value, place + shift, f" {value:,.{1 if value < 20 else 0}f}", va="center", fontsize=8)
-    panel.set_yticks(places, [*colors])
-    panel.set_xlim(0, 1.18 * max([*ours, *theirs, 1e-9]))
-    panel.spines[["top", "right"]].set_visible(False)
+def held_out() -> list[list[int]]:
+    """Windows of the help texts that gpt2-nano was not trained on; each text begins with <|endoftext|>."""
+    tokenizer = load_tokenizer(NANO)
+    names = json.loads((NANO / "heldout.json").read_text(encoding="utf-8"))["pydoc_data.topics"]["topics"]
+    texts = [[tokenizer.eot, *tokenizer.encode(topics[name])] for name in names if name in topics]
+    return [text[i : i + 257] for text in texts for i in range(0, len(text) - 1, 256)]
 
 
-def under_bandwidth(panel, colors, points, bandwidth):
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    for row in points:
-        marker, color = MARKERS.get(row["dtype"], "*"), colors[row["project"]]
-        panel.loglog(row["read_mb_a_token"], row["tokens_per_s"], marker, color=color, ms=8, mec="black", mew=0.5)
-    sizes = [row["read_mb_a_token"] for row in points]
-    line = np.array([min(sizes) / 1.6, max(sizes) * 1.6])
-    panel.loglog(line, bandwidth / 1e6 / line, "k--", lw=1)
-    for axis in panel.xaxis, panel.yaxis:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    panel.grid(alpha=0.3, which="both")
+def perplexity(engine: Engine, root: Path, windows: list[list[int]]) -> None:
+    """Of gpt2-nano, token by token with the cache; an engine that shows no logits has none."""
+    try:
+        with run_worker(engine, root) as worker:
+            nats = sum(worker.ask(score=window)["nats"] for window in windows)
+    except Failed as error:
+        if "has no attribute 'score'" not in str(error):
+            engine.fail(error)
+        return
+    engine.row["perplexity"] = round(float(np.exp(nats / sum(len(window) - 1 for window in windows))), 4)
+    print(f"  {engine.name} {engine.dtype}: perplexity {engine.row['perplexity']:.3f}", flush=True)
 
 
-# -- this CPU
+# -- all of it
 
 
-def best(call, times=10):
-    took = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - start)
-    return min(took)
+def measure_model(root: Path, scratch: Path, model: str, names: list[str], args) -> list[dict]:
+    folder = NANO
+    if model != "gpt2-nano":
+        write_random(folder := scratch / f"{model}-random", model)
+    engines, rows = find_engines(root, scratch, model, folder, names)
+    requests, expected = prompts(folder), {}
+    for width in dict.fromkeys(engine.width for engine in engines):
+        group = [engine for engine in engines if engine.width == width]
+        print(f"\n{tables.TITLES[model]}, {width}", flush=True)
+        measure(group, root, requests, expected, args.rounds)
+        if model == "gpt2-nano":
+            windows = held_out()[::3]
+            for engine in group:
+                if "error" not in engine.row and (engine.name not in PEERS or width not in EXACT):
+                    perplexity(engine, root, windows)
+        group_rows = finish(group, model, requests, args.bandwidth)
+        for row in group_rows:
+            print(f"  {tables.line(row)}", flush=True)
+        rows += group_rows
+    return rows
 
 
-def machine(path: Path, floats: int = 2**26, side: int = 2048) -> dict:
-    """The highest float32 read and multiply rates of this CPU, now or in an earlier run."""
-    halves = np.split(np.ones(floats, np.float32), 2)
-    matrix, vector = np.concatenate(halves).reshape(-1, 2**13), np.ones(2**13, np.float32)
-    with ThreadPoolExecutor(2) as pool:  # of 256 MB
-        reads = [lambda: list(pool.map(np.max, halves)), lambda: list(pool.map(np.dot, halves, halves))]
-        read_s = min(map(best, [*reads, lambda: matrix @ vector]))
-    square = np.random.default_rng(0).random((side, side), np.float32)
-    names = re.findall(r"^model name\s*: (.*)$", read_text(Path("/proc/cpuinfo")), re.M)
-    here = {
-        "cpu": names[0] if names else "unknown",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "bandwidth": round(4 * floats / read_s),
-        "float32": round(2 * side**3 / best(lambda: square @ square, 5)),
-    }
-    before = json.loads(read_text(path) or "{}")
-    if all(before.get(name) == here[name] for name in ("cpu", "cores")):
-        here |= {name: max(here[name], before[name]) for name in ("bandwidth", "float32")}
-    write(path, json.dumps(here) + "\n")
-    return here
-
-
-def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def report(folder: Path, models: list[str], here: dict) -> str:
-    """Writes bench.json, bench.md, bench.png and roofline.md; returns the tables."""
-    rows, devices = gather(folder / "runs", models), roofline.devices(here)
-    text, limits = table(rows, models), roofline.rows(devices)
-    lines = ",\n".join(map(json.dumps, rows))
-    write(folder / "bench.json", f'{{"machine": {json.dumps(here)}, "results": [\n{lines}\n]}}\n')
-    write(folder / "bench.md", text)
-    write(folder / "roofline.md", roofline.page(devices))
-    draw(folder / "bench.png", rows, models, here["bandwidth"])
-    return f"{text}\n{roofline.table(limits, ['gpt2', 'gpt2-xl'])}"
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--peers", action="store_true", help="all peers, and the training step (default: transformers alone)")
+    add("--models", nargs="+", choices=tables.TITLES, default=[*tables.TITLES])
+    add("--rounds", type=int, default=5, help="the median of so many (default: %(default)s)")
+    add("--only", nargs="+", metavar="NAME", help="these engines, beside transformers")
+    add("--busy", action="store_true", help="measure beside other work too")
+    add("--to", type=Path, default=ROOT / "results" / "bench", metavar="FOLDER")
+    return parser
 
 
 def main(root: Path, argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--to", type=Path, default=root / "results" / "bench", metavar="FOLDER")
+    parser = make_parser()
     args = parser.parse_args(argv)
+    names = [*(PEERS if args.peers else (REFEREE,)), *projects(root)]
     if args.rounds < 1:
         parser.error(f"--rounds must be 1 or more, got {args.rounds}")
-    if args.new_tokens < 2:
-        parser.error(f"--new-tokens must be 2 or more, got {args.new_tokens}")
-    here = machine(args.to / "machine.json")
-    print(f"{here['cpu']}, {here['cores']} cores:", end=" ")
+    if unknown := {*(args.only or ())} - {*names, *PEERS, "training"}:
+        parser.error(f"--only must be of {', '.join(names)}, training, got {', '.join(sorted(unknown))}")
+    if args.only:
+        names = [REFEREE, *(name for name in (*PEERS[1:], *projects(root)) if name in args.only)]
+    used = machine.share_used()
+    if used > BUSY and not args.busy:
+        parser.error(f"other work uses {used:.0%} of the CPUs: wait for it, or give --busy")
+    here = machine.about() | {"load": os.getloadavg()[0], "command": f"bench {' '.join(argv or sys.argv[1:])}".strip()}
+    args.bandwidth = here["bandwidth"]
+    print(f"{here['cpu']}, {here['cores']} cores, {', '.join(here['instruction_sets'])}:", end=" ")
     print(f"reads {here['bandwidth'] / 1e9:.1f} GB/s, multiplies {here['float32'] / 1e9:,.0f} GFLOP/s in float32")
-    print(f"Results are kept in {args.to}; remove it to measure everything again.")
-    failed = measure(root, args.to / "runs", args.models, args.rounds, args.new_tokens)
-    print(f"\n{report(args.to, args.models, here)}\nThe same with a chart, and as JSON: {args.to}")
-    for line in failed:
-        print(line)
+    document = {"machine": here, "rows": [], "training": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in args.models:
+            document["rows"] += measure_model(root, Path(scratch), model, names, args)
+            tables.write(args.to, document)
+        if args.peers and not args.only or "training" in (args.only or ()):
+            document["training"] = training.measure(root, Path(scratch), args.rounds)
+    print(f"\n{tables.write(args.to, document)}\nThe same as JSON, with a chart: {args.to}")
+    failed = [row for row in [*document["rows"], *document["training"]] if row.get("error")]
+    for row in failed:
+        about = row["name"], tables.TITLES.get(row["model"], row["model"]), row.get("dtype") or row.get("width")
+        print(f"{', '.join(filter(None, about))}: {row['error']}")
     return int(bool(failed))
 
 

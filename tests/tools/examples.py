@@ -46,8 +46,11 @@ class Answer(NamedTuple):
 
 
 def python_of(root: Path, project: str) -> Path:
-    """The python of the project's environment, which tox makes now unless it is there."""
-    env = env_of(project)
+    return make_environment(root, env_of(project))
+
+
+def make_environment(root: Path, env: str) -> Path:
+    """The python of one of tox's environments, which is made now unless it is there."""
     python = root / ".tox" / env / "bin" / "python"
     if not python.exists():
         print(f" (its environment is being made, in .tox/{env}: a minute or two)", flush=True)

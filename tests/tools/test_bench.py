@@ -1,137 +1,201 @@
-"""make bench, on two projects made here: what it measures again, how it combines the rounds; and the roofline."""
+"""make bench, on two projects and a peer made here; the tables in the documents; and the roofline."""
 
-import itertools
 import json
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import transformers
 
 from tests.conventions.rules import ROOT
-from tests.tools import bench, roofline
+from tests.tools import bench, machine, random_model, roofline, tables, worker
 
-ROW = {"model": "gpt2-nano", "device": "cpu", "engine": "an engine", "dtype": "float32", "batch": 1}
-BENCH = """import json, pathlib, sys
-calls = pathlib.Path("calls")
-calls.mkdir(exist_ok=True)
-number = len([*calls.iterdir()]) + 1
-(calls / str(number)).touch()
-print("cpu: an engine; memory bandwidth 40.0 GB/s")
-{body}
-rate = {rate}
-row = {row!r} | {{"peer": {{"name": "transformers", "tokens_per_s": rate / 2}}, "ratio": 2.0, "peak_rss_mb": 100}}
-decode = row | {{"work": "decode", "prompt_tokens": 16, "new_tokens": 8, "ttft_ms": None, "mbu": 0.5}}
-prefill = row | {{"work": "prefill", "prompt_tokens": 128, "new_tokens": 1, "ttft_ms": 5.0, "mbu": None}}
-decode["tokens_per_s"], prefill["tokens_per_s"] = rate, 10 * rate
-print(json.dumps({{"project": pathlib.Path.cwd().name, "results": [decode, prefill]}}))
+MODULE = """import pathlib, sys
+import numpy as np
+DTYPES = {dtypes!r}
+def load(folder, dtype):
+    {load}
+    return dtype
+def describe(engine): return "an engine"
+def step_bytes(engine): return 10**6
+def greedy(engine, ids, count):
+    with open({calls!r}, "a") as file:
+        print("{name}", engine, len(ids), count, file=file)
+    return {tokens}
+{score}
 """
-HERE = {"cpu": "a CPU", "cores": 2, "bandwidth": 40e9, "float32": 1e11}
-FIGURES = ROOT / "tests" / "tools" / "figures"
+SCORE = "def score(engine, ids): return np.zeros((len(ids), 8), np.float32)"
 
 
 @pytest.fixture
-def set_bench(checkout, add_file, monkeypatch):
-    def set_bench(name, body="", rate="100.0"):
-        add_file(f"{name}_gpt/bench.py", BENCH.format(body=body, rate=rate, row=ROW))
+def add_engine(checkout, add_file):
+    def add_engine(path, dtypes=("float32",), load="", tokens="[7] * count", score=SCORE):
+        env = f"peer-{path.stem}" if "peers" in path.parts else path.parts[0].partition("_")[0]
+        python = checkout / ".tox" / env / "bin" / "python"
+        if not python.exists():
+            python.parent.mkdir(parents=True)
+            python.symlink_to(checkout / ".tox" / "alpha" / "bin" / "python")
+        widths = {dtype: dtype.partition("-")[0] for dtype in dtypes}
+        settings = {"dtypes": widths, "load": load, "tokens": tokens, "score": score}
+        add_file(path, MODULE.format(name=env, calls=str(checkout / "calls"), **settings))
 
-    monkeypatch.setattr(bench, "machine", lambda path: HERE)
-    set_bench("alpha")
-    set_bench("beta")
-    return set_bench
+    return add_engine
 
 
 @pytest.fixture
-def run(checkout, set_bench, capfd):
-    """Runs bench; gives its exit status and output."""
+def run(checkout, add_engine, monkeypatch, capfd):
+    """Runs bench; gives its exit status, its output and the rows of the results."""
+    here = {"cpu": "a CPU", "cores": 2, "instruction_sets": ["avx2"], "date": "2026-01-01"}
+    monkeypatch.setattr(machine, "about", lambda: here | {"bandwidth": 40e9, "float32": 1e11})
+    monkeypatch.setattr(machine, "share_used", lambda: 0.01)
+    monkeypatch.setattr(bench, "PEERS", ("referee",))
+    monkeypatch.setattr(bench, "REFEREE", "referee")
+    monkeypatch.setattr(bench, "held_out", lambda: [[1, 2, 3], [1, 2]])
+    for path in "alpha_gpt/bench.py", "beta_gpt/bench.py", "tests/tools/peers/referee.py":
+        add_engine(Path(path))
 
     def run(*arguments):
-        status = bench.main(checkout, ["--models=gpt2-nano", *arguments])
-        return status, capfd.readouterr().out
+        to = checkout / "results"
+        status = bench.main(checkout, ["--models=gpt2-nano", "--rounds=2", f"--to={to}", *arguments])
+        document = json.loads((to / "bench.json").read_text(encoding="utf-8"))
+        return status, capfd.readouterr().out, {(row["name"], row.get("dtype")): row for row in document["rows"]}
 
     return run
 
 
-def calls(checkout):
-    return [len([*(checkout / f"{name}_gpt" / "calls").glob("*")]) for name in ("alpha", "beta")]
+def test_every_engine_is_measured_beside_the_peer(checkout, add_engine, run):
+    add_engine(Path("alpha_gpt/bench.py"), dtypes=("float32", "int8-fast"))
+    status, out, rows = run()
+    assert status == 0
+    assert [*rows] == [
+        *((name, "float32") for name in ("referee", "alpha_gpt", "beta_gpt")),
+        ("alpha_gpt", "int8-fast"),
+    ]
+    for (name, _), row in rows.items():
+        assert row["ours"] == (name != "referee") and row["decode"]["tokens_per_s"] > 0 and row["prefill"]
+        assert row.get("perplexity") == (None if name == "referee" else 8.0)  # eight tokens that are equally likely
+    assert rows["referee", "float32"]["decode"]["ratio"] == 1.0
+    assert rows["alpha_gpt", "int8-fast"]["decode"]["ratio"] is None  # no peer has this width
+    text = (checkout / "results" / "bench.md").read_text(encoding="utf-8")
+    assert "| **beta_gpt** | " in text and "| **alpha_gpt, int8-fast** | " in text and text in out
+    assert {path.name for path in (checkout / "results").iterdir()} == {"bench.json", "bench.md"}
 
 
-def test_every_project_runs_on_both_models_and_the_report_is_written(checkout, run):
-    status, out = run("--models", *bench.MODELS)
-    assert status == 0 and calls(checkout) == [2, 2]
-    assert "[4 of 4] beta_gpt, GPT-2 124M's shape, round 1\n  cpu: an engine; memory" in out
-    line = "| alpha_gpt | 100 tokens/s | 2.00 x | 200 MB | 1,000 tokens/s | 2.00 x | 5.0 ms |"
-    assert line in out and line in (checkout / "results/bench/bench.md").read_text(encoding="utf-8")
-    names = {path.name for path in (checkout / "results" / "bench").iterdir()}
-    assert names == {"runs", "bench.json", "bench.md", "bench.png", "roofline.md"}
-
-
-def test_an_interrupted_run_continues_and_changed_code_is_measured_again(checkout, set_bench, run, add_file):
-    set_bench("beta", body="raise KeyboardInterrupt")
-    status, out = run()
-    assert status == 1
-    assert out.splitlines()[-1].startswith("beta_gpt, gpt2-nano, 3.6M parameters: FAILED with exit status ")
-    set_bench("beta")
-    assert run()[0] == 0 and calls(checkout) == [1, 2]
-    add_file("alpha_gpt/model.py", "# faster")
+def test_rounds_interleave_the_engines_after_a_cold_and_warm_starts(checkout, run):
     run()
-    assert calls(checkout) == [2, 2]
-    run("--new-tokens=16")
-    assert calls(checkout) == [3, 3]
+    calls = [line.split() for line in (checkout / "calls").read_text(encoding="utf-8").splitlines()]
+    starts = (1 + bench.WARM_STARTS) * [["16", "1"]]
+    names = ["peer-referee", "alpha", "beta"]
+    assert [call[2:] for call in calls if call[0] == "alpha"] == starts + 3 * [["16", "64"], ["128", "1"]]
+    first = len(names) * len(starts)
+    assert [call[0] for call in calls[first:]] == 3 * [name for name in names for _ in range(2)]
 
 
-def test_a_project_that_measures_little_is_in_the_table(set_bench, run):
-    row = ROW | {"work": "prefill", "prompt_tokens": 128, "new_tokens": 1, "tokens_per_s": 9.0}
-    row |= dict.fromkeys(("ttft_ms", "peer", "ratio", "mbu"))
-    set_bench("alpha", body=f"sys.exit(print({json.dumps({'project': 'alpha_gpt', 'results': [row]})!r}))")
-    set_bench("beta", body="sys.exit(3)")
-    status, out = run()
-    assert status == 1 and "| alpha_gpt |  |  |  | 9 tokens/s |  |  |" in out and "| beta_gpt |" not in out
+def test_other_tokens_make_a_row_void(add_engine, run):
+    add_engine(Path("beta_gpt/bench.py"), tokens="[7, 7, 6] + [7] * (count - 3)", dtypes=("float32", "int8"))
+    status, out, rows = run()
+    assert status == 1 and "decode" not in rows["beta_gpt", "float32"] and "decode" in rows["beta_gpt", "int8"]
+    line = "beta_gpt, gpt2-nano, 3.6M parameters, float32: void: token 3 of decode is not that of referee"
+    assert out.splitlines()[-1] == line
 
 
-def test_rounds_interleave_the_projects_and_their_median_counts(checkout, set_bench, run):
-    set_bench("alpha", rate="[0, 100.0, 300.0, 900.0][number]")
-    status, out = run("--rounds=3")
-    starts = [line.split()[3].rstrip(",") for line in out.splitlines() if line.startswith("[")]
-    assert status == 0 and starts == 3 * ["alpha_gpt", "beta_gpt"]
-    rows = json.loads((checkout / "results/bench/bench.json").read_text(encoding="utf-8"))["results"]
-    assert bench.one(rows, "gpt2-nano", "alpha_gpt", "decode")["tokens_per_s"] == 300
+def test_an_engine_that_fails_is_named_and_the_others_are_measured(add_engine, run):
+    add_engine(Path("alpha_gpt/bench.py"), load='sys.exit("no such kernel")')
+    add_engine(Path("beta_gpt/bench.py"), score="")
+    status, out, rows = run()
+    assert status == 1 and rows["alpha_gpt", "float32"]["error"] == "FAILED with exit status 1: no such kernel"
+    assert "decode" in rows["beta_gpt", "float32"] and "perplexity" not in rows["beta_gpt", "float32"]
 
 
-@pytest.mark.parametrize("text", ["no", "[]", '{"results": '])
-def test_a_last_line_that_is_not_the_document_is_a_failure(checkout, set_bench, run, text):
-    set_bench("alpha", body=f"sys.exit(print({text!r}))")
-    status, out = run()
-    assert status == 1 and "alpha_gpt, gpt2-nano, 3.6M parameters: FAILED: its last line must be" in out
-    assert [path.name for path in (checkout / "results/bench/runs").iterdir()] == ["1-gpt2-nano-beta_gpt.json"]
+def test_without_the_referee_float32_is_void(add_engine, run):
+    add_engine(Path("tests/tools/peers/referee.py"), load='sys.exit("no such kernel")')
+    status, _, rows = run()
+    assert status == 1 and rows["alpha_gpt", "float32"]["error"].startswith("void: there are no tokens of referee")
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_the_texts_of_a_batch_share_what_a_step_reads(tmp_path, batch):
-    """500 MB a step, 20 steps/s: 10 of 40 GB/s."""
-    row = ROW | {"work": "decode", "batch": batch, "tokens_per_s": 20.0 * batch, "mbu": 0.25, "peer": None}
-    document = {"model": "gpt2-random", "project": "alpha_gpt", "bandwidth_gb_s": 40.0, "results": [row]}
-    (tmp_path / "1-gpt2-random-alpha_gpt.json").write_text(json.dumps(document), encoding="utf-8")
-    assert [row["read_mb_a_token"] for row in bench.gather(tmp_path, ["gpt2-random"])] == [500 / batch]
+def test_an_environment_that_cannot_be_made_is_named(add_file, run):
+    add_file("beta_gpt/bench.py", "import a_package_that_is_missing")
+    status, out, rows = run()
+    assert status == 1 and "No module named 'a_package_that_is_missing'" in rows["beta_gpt", None]["error"]
+    assert "decode" in rows["alpha_gpt", "float32"]
 
 
-def test_the_machines_rates_are_the_highest_that_any_run_measured(tmp_path, monkeypatch):
-    moments = itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 0.5]))  # calls take 3 s and 0.5 s
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(moments))
-    path = tmp_path / "machine.json"
-    here = bench.machine(path, floats=2**14, side=8)
-    assert (here["bandwidth"], here["float32"]) == (4 * 2**14 / 0.5, 2 * 8**3 / 0.5)
-    path.write_text(json.dumps(here | {"bandwidth": 10**15, "float32": 1}), encoding="utf-8")
-    assert bench.machine(path, 2**14, 8) == here | {"bandwidth": 10**15}
-    path.write_text(json.dumps(here | {"bandwidth": 10**15, "cpu": "another"}), encoding="utf-8")
-    assert bench.machine(path, 2**14, 8) == here
+def test_a_run_beside_other_work_is_refused(run, monkeypatch, capfd):
+    monkeypatch.setattr(machine, "share_used", lambda: 0.5)
+    with pytest.raises(SystemExit, match="2"):
+        run()
+    assert "other work uses 50% of the CPUs" in capfd.readouterr().err
+    assert run("--busy")[0] == 0
 
 
-def test_readme_has_the_tables_of_the_results_files():
+def test_the_time_of_others_is_what_is_not_idle(tmp_path, monkeypatch):
+    times = iter(["cpu 10 0 10 100 0 0 0 0 0 0\n", "cpu 20 0 20 170 10 0 0 0 0 0\n"])
+    monkeypatch.setattr(machine, "CPU_TIMES", tmp_path / "stat")
+    monkeypatch.setattr(machine.time, "sleep", lambda _: (tmp_path / "stat").write_text(next(times), encoding="utf-8"))
+    machine.time.sleep(0)
+    assert machine.share_used() == pytest.approx(0.2)
+
+
+def engine(name, decode, prefill):
+    paths = dict.fromkeys(("python", "folder", "home"), Path())
+    times = {"decode": decode, "prefill": prefill}
+    return bench.Engine(name, "", dtype="float32", width="float32", seconds=times, row={"step_bytes": 10**9}, **paths)
+
+
+def test_ratios_are_to_the_best_peer_within_the_same_rounds():
+    slow, best = engine("llama", [9.0, 9.0, 9.0], [1.0, 1.0, 1.0]), engine("openvino", [2.0, 4.0, 6.0], [2.0, 2.0, 2.0])
+    ours = engine("alpha_gpt", [1.0, 4.0, 2.0], [4.0, 4.0, 4.0])
+    requests = {"decode": {"prompt": [1] * 16, "new_tokens": 64}, "prefill": {"prompt": [1] * 512, "new_tokens": 1}}
+    row = bench.finish([slow, best, ours], "gpt2", requests, 64e9)[-1]
+    assert row["decode"] == {"tokens_per_s": 32.0, "ratio": 2.0, "best_peer": "openvino"}
+    assert row["prefill"] == {"tokens_per_s": 128.0, "ratio": 0.25, "best_peer": "llama"}
+    assert row["of_bandwidth"] == 0.5
+
+
+def test_nats_are_those_of_the_targets():
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32)) + 3
+    assert worker.nats(logits, [0, 2]) == pytest.approx(-math.log(0.5) - math.log(0.1), rel=1e-6)
+
+
+def test_held_out_windows_overlap_by_the_token_that_is_predicted():
+    windows = bench.held_out()
+    assert max(map(len, windows)) == 257 and sum(len(window) - 1 for window in windows) > 5000
+    full = next(i for i, window in enumerate(windows) if len(window) == 257)
+    assert windows[full + 1][0] in (windows[full][-1], 0)
+
+
+def test_a_random_checkpoint_is_one_that_transformers_reads(tmp_path, monkeypatch):
+    monkeypatch.setitem(random_model.SHAPES, "gpt2", (2, 2, 8))
+    random_model.write_random(tmp_path, "gpt2")
+    model, loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"] and model.config.n_positions == 1024
+
+
+def test_the_chart_is_of_gpt2s_shape(tmp_path):
+    rows = [
+        {
+            "model": "gpt2",
+            "name": name,
+            "width": width,
+            "ours": ours,
+            "step_bytes": size,
+            "decode": {"tokens_per_s": 9e9 / size},
+        }
+        for name, width, ours, size in (("alpha_gpt", "float32", True, 5e8), ("llama", "int8", False, 1e8))
+    ]
+    tables.draw(tmp_path / "bench.png", {"rows": rows, "machine": {"bandwidth": 4e10}})
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_documents_show_the_results_that_are_kept():
+    document = json.loads((tables.FIGURES / "bench.json").read_text(encoding="utf-8"))
+    found = tables.tables(document)
+    for path in tables.documents(ROOT):
+        text = path.read_text(encoding="utf-8")
+        assert tables.fill(text, found) == text, f"{path}: run python -m tests.tools.tables"
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    kept = json.loads((FIGURES / "bench.json").read_text(encoding="utf-8"))
-    limits = roofline.rows(roofline.devices(kept["machine"]))
-    limits = [row for row in limits if row["precision"] in ("float32", "float16", roofline.HALF)]
-    assert bench.table(kept["results"], [*bench.MODELS]) in page
-    assert roofline.table(limits, ["gpt2", "gpt2-xl"]) in page
-    assert (FIGURES / "parity.md").read_text(encoding="utf-8") in page
+    assert (tables.FIGURES / "parity.md").read_text(encoding="utf-8") in page
 
 
 # -- the roofline

@@ -7,11 +7,15 @@ score(engine, ids). Each line on stdin is a JSON request, and each line on stdou
 
     {"prompt": [1, 2], "new_tokens": 2}   ->  {"tokens": [3, 4], "seconds": 0.1, "peak_mb": 500, ...}
     {"score": [1, 2, 3]}                  ->  {"nats": 12.5}: the negative log-likelihood of all but the first
+    {"train": 2, "dropout": 0.1}          ->  {"losses": [4.2, 4.1], "seconds": 0.1, "peak_mb": 500}: two iterations
+
+Those of tests/tools/training.py have load and train(engine, iterations, dropout) alone.
 """
 
 import importlib
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -32,12 +36,21 @@ def answer(bench, engine, request: dict) -> dict:
     if "score" in request:
         ids = request["score"]
         return {"nats": nats(bench.score(engine, ids[:-1]), ids[1:])}
-    start = time.perf_counter()
-    tokens = bench.greedy(engine, request["prompt"], request["new_tokens"])
+    training, start = "train" in request, time.perf_counter()
+    if training:
+        work = {"losses": bench.train(engine, request["train"], request["dropout"])}
+    else:
+        work = {"tokens": [*map(int, bench.greedy(engine, request["prompt"], request["new_tokens"]))]}
     seconds = time.perf_counter() - start
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    facts = {"engine": bench.describe(engine), "step_bytes": bench.step_bytes(engine)}
-    return {"tokens": [*map(int, tokens)], "seconds": seconds, "peak_mb": peak_mb} | facts
+    facts = {} if training else {"engine": bench.describe(engine), "step_bytes": bench.step_bytes(engine)}
+    return work | {"seconds": seconds, "peak_mb": peak_mb()} | facts
+
+
+def peak_mb() -> int:
+    """Of this program: getrusage also counts what the process held before it became this program."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii")) if status.exists() else None
+    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) // 1024
 
 
 def main(module: str, folder: str, dtype: str) -> None:

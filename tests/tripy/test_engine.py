@@ -21,7 +21,9 @@ IDS = list(range(8))
 
 
 def run(engine):
-    return np.concatenate([engine.prefill([IDS]), engine.decode([8]), engine.forward([IDS])[:, -1]])
+    logits = np.concatenate([engine.prefill([IDS]), engine.decode([8]), engine.forward([IDS])[:, -1]])
+    engine.wait()
+    return logits
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def written(tiny, tmp_path_factory):
 
 def test_a_second_run_loads_the_same_and_reads_no_weights(tiny, written, monkeypatch):
     folder, logits = written
-    monkeypatch.setattr(engines, "read_state", None)
+    monkeypatch.setattr(engines, "read_state", pytest.fail)
     again = load(tiny, "float32", executables=folder)
     np.testing.assert_allclose(run(again), logits, atol=1e-5)
     assert again.compiled == []
@@ -64,6 +66,36 @@ def test_an_executable_that_does_not_match_its_sha256_is_not_loaded(tiny, writte
     assert again.compiled == ["prefill"] and errors in capsys.readouterr().err
     executable, digest = path.with_suffix(".executable"), path.with_suffix(".sha256")
     assert files.sha256(executable) == digest.read_text(encoding="utf-8").strip()
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_executables_share_a_file_of_weights_without_which_they_are_not_loaded(wide, tmp_path, capsys, spoil):
+    logits = run(load(wide, "float32", executables=tmp_path))
+    (path,) = tmp_path.glob("*/*.weights")
+    table = 4 * 1408 * 128  # and, transposed, the head
+    assert path.stat().st_size == 2 * table + 4 * 2 * 12 * 128 * 128
+    assert all(program.stat().st_size < table for program in path.parent.glob("*.executable"))
+    spoil(path)
+    again = load(wide, "float32", executables=tmp_path)
+    np.testing.assert_allclose(run(again), logits, atol=1e-5)
+    assert again.compiled[0] == "prefill" and "lacks its weights: recompiled" in capsys.readouterr().err
+    loaded = load(wide, "float32", executables=tmp_path)
+    np.testing.assert_allclose(run(loaded), logits, atol=1e-5)
+    assert loaded.compiled == []
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_text("a", encoding="utf-8")
+    files.known_hashes([path], tmp_path)
+    assert [*tmp_path.iterdir()] == [path]  # written a moment ago: it may change again at the same time
+    monkeypatch.setattr(files, "SETTLED_S", -1)
+    first = files.known_hashes([path], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", pytest.fail)
+        assert files.known_hashes([path], tmp_path) == first == [files.hashlib.sha256(b"a").hexdigest()]
+    path.write_text("b", encoding="utf-8")
+    assert files.known_hashes([path], tmp_path) == [files.sha256(path)] != first
 
 
 def test_every_process_compiles_the_same_bytes(tiny, tmp_path):
@@ -110,4 +142,4 @@ def test_a_save_that_fails_leaves_nothing_and_the_run_goes_on(tiny, tmp_path, mo
     errors = capsys.readouterr().err
     assert "the next run compiles again: " in errors and errors.count("\n") == 1
     assert "prefill.executable cannot be written: No space left" in errors
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "hashes"] == []

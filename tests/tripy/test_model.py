@@ -7,7 +7,6 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from tripy_nanogpt import model
-from tripy_nanogpt.bench import make_text
 from tripy_nanogpt.model import GPT, GPTConfig, count_params, init_cache
 
 pytestmark = pytest.mark.engine
@@ -45,6 +44,18 @@ def test_lengths_to_the_edges_of_their_range(engine, reference, dtype, length):
 def test_each_decode_step_is_transformers_to_the_last_slot(engine, reference, dtype, length):
     rows = [engine.prefill([IDS[:length]]), *(engine.decode([token]) for token in IDS[length:])]
     assert steps(np.concatenate(rows), reference[length - 1 :], dtype) < STEPS[dtype]
+
+
+def make_text(engine, ids, count, cached):
+    """The greedy tokens."""
+    tokens = []
+    for step in range(count):
+        if cached:
+            logits = engine.decode(tokens[-1:]) if step else engine.prefill([ids])
+        else:
+            logits = engine.forward([ids + tokens])[:, -1]
+        tokens.append(int(logits.argmax()))
+    return tokens
 
 
 def test_cached_equals_uncached_and_transformers_generate(tiny, engine, dtype):

@@ -1,16 +1,17 @@
-"""The modes as a user meets them: example.py --quant-mode, and bench.py --quant-modes on gpt2-nano."""
+"""The modes as a user meets them: example.py --quant-mode, and the perplexity of gpt2-nano in each."""
 
 import json
 import math
-import re
-from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from shared.tokenizer import find_model
-from tripy_nanogpt import bench, bench_quant, bench_report, quantization, tripy_cpu
+from shared.tokenizer import find_model, load_tokenizer
+from tripy_nanogpt import quantization, tripy_cpu
+from tripy_nanogpt.engine import load
+from tripy_nanogpt.quantization import MODES, Quantization, modelopt_quantize
 
 pytestmark = pytest.mark.skipif(not tripy_cpu.ENGINE, reason="TensorRT is here: what is printed names the CPU")
 
@@ -46,64 +47,37 @@ def test_calibration_data_may_be_a_file(run, tmp_path):
     assert run(*flags)[1].endswith(f"from {tmp_path / 'play.txt'}")
 
 
-def test_perplexity_is_transformers_own():
-    model = GPT2LMHeadModel.from_pretrained(find_model("gpt2-nano").folder, dtype=torch.float32).eval()
-    windows = bench_quant.held_out()[:3]
-    with torch.no_grad():
-        losses = [model(torch.tensor([w[:-1]])).logits[0].log_softmax(-1)[range(len(w) - 1), w[1:]] for w in windows]
-        ours = bench_quant.perplexity(lambda ids: model(torch.tensor([ids])).logits[0].numpy(), windows)
-    assert ours == pytest.approx(math.exp(-torch.cat(losses).mean().item()), rel=1e-5)
+@pytest.fixture(scope="module")
+def nano():
+    return find_model("gpt2-nano").folder
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """What bench.py --quant-modes prints and saves: its lines, and its results by mode and dtype."""
-    windows, calibrated = bench_quant.held_out()[::8], dict.fromkeys(quantization.CALIBRATED, (4, 4))
-    cases = [case for case in bench_quant.CASES if case not in (("int8-weight-only", True), ("int4-weight-only", True))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("plot"))
-        patch.setattr(bench_report, "PAIRS", 1)
-        patch.setattr(bench_quant, "CASES", cases)
-        patch.setattr(bench_quant, "held_out", lambda: windows)
-        patch.setattr(quantization, "CALIBRATED", calibrated)
-        lines = []
-        patch.setattr("builtins.print", lambda *args, **settings: lines.append(" ".join(map(str, args))))
-        bench.main(["--quant-modes", "--model=gpt2-nano", "--new-tokens=2"])
-        plot = Path("quant_modes.png").read_bytes()
-    results = json.loads(lines[-1])["results"]
-    return lines, {(row["quant_mode"], row["dtype"]): row for row in results}, plot
+def windows(nano):
+    """Tokens of some of the help texts that gpt2-nano was not trained on."""
+    tokenizer = load_tokenizer(nano)
+    names = json.loads((nano / "heldout.json").read_text(encoding="utf-8"))["pydoc_data.topics"]["topics"]
+    texts = [[tokenizer.eot, *tokenizer.encode(topics[name])] for name in names if name in topics]
+    return [ids[:257] for ids in texts][::8]
 
 
-def test_each_mode_keeps_gpt2_nano_at_its_perplexity(table):
-    _, rows, _ = table
-    exact = rows["none", "float32"]["perplexity"]
-    limits = {"int8-weight-only": 1.01, "int4-weight-only": 1.12, "int4-awq": 1.12, "float8": 1.03}
-    assert {mode for mode, _ in rows} == {"none", *limits}
-    for (mode, _), row in rows.items():
-        assert row["perplexity"] < exact * limits.get(mode, 1.0001)
+def perplexity(logits_of, windows):
+    losses = [torch.nn.functional.cross_entropy(logits_of(ids[:-1]), torch.tensor(ids[1:])) for ids in windows]
+    lengths = torch.tensor([len(ids) - 1.0 for ids in windows])
+    return math.exp((torch.stack(losses) * lengths).sum() / lengths.sum())
 
 
-def test_the_usual_loaders_int4_loses_much_more(table):
-    lines, rows, _ = table
-    (usual,) = (float(m[1]) for line in lines if (m := re.search(r"usual loader: .* ([\d.]+)$", line)))
-    exact = rows["none", "float32"]["perplexity"]
-    ours = rows["int4-weight-only", "float32"]["perplexity"]
-    assert usual - exact > 5 * (ours - exact)
+def hf_perplexity(model, windows):
+    with torch.no_grad():
+        return perplexity(lambda ids: model(torch.tensor([ids])).logits[0], windows)
 
 
-def test_weights_take_their_size_and_logits_stay_near(table):
-    _, rows, plot = table
-    assert plot.startswith(b"\x89PNG")
-    none = rows["none", "float32"]
-    assert none["relative_error"] == 0 and none["top1_agreement"] == 1
-    linear = 4 * 4 * 12 * 256 * 256
-    for mode, dtype, share in (
-        ("int8-weight-only", "float32", 0.35),
-        ("int4-weight-only", "float32", 0.2),
-        ("int4-awq", "bfloat16", 0.2),
-    ):
-        row = rows[mode, dtype]
-        assert none["weight_bytes"] - row["weight_bytes"] > (1 - share) * linear
-        assert 0 < row["relative_error"] < 0.15 and row["top1_agreement"] > 0.8
-        assert ("bfloat16" in row["engine"]) == (dtype == "bfloat16")
-        assert row["peer"]["name"] == "float32"
+@pytest.mark.parametrize("mode", MODES)
+def test_perplexity_is_that_of_modelopts_own_model_and_near_float32s(mode, nano, windows, executables, monkeypatch):
+    monkeypatch.setattr(quantization, "CALIBRATED", dict.fromkeys(quantization.CALIBRATED, (4, 4)))
+    engine = load(nano, "float32", quantization=Quantization(mode), executables=executables / "4 samples")
+    ours = perplexity(lambda ids: torch.from_numpy(engine.forward([ids])[0]), windows)
+    model = GPT2LMHeadModel.from_pretrained(nano, dtype=torch.float32).eval()
+    exact = hf_perplexity(model, windows)
+    assert ours == pytest.approx(hf_perplexity(modelopt_quantize(model, mode), windows), rel=2e-3)
+    assert exact * 0.99 < ours < exact * {"int8-weight-only": 1.01, "float8": 1.03}.get(mode, 1.12)

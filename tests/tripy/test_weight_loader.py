@@ -106,7 +106,7 @@ def test_whatever_changes_quantized_weights_changes_their_key(copy, tmp_path):
     def key(mode="float8", dataset=str(text)):
         config = read_config(copy)
         config.quant_mode = mode
-        return quantized_weights.cache_key(copy, config, dataset)
+        return quantized_weights.cache_key(copy, config, dataset, tmp_path)
 
     text.write_text("a", encoding="utf-8")
     keys = [key(), key("int8-weight-only"), key(dataset="cnn_dailymail")]

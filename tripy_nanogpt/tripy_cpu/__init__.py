@@ -4,6 +4,7 @@ If `mlir_tensorrt`, the compiler and runtime of nvtripy, can be imported, nothin
 nvtripy's own front end runs unchanged, torch executes its Trace on the CPU, and ENGINE says so.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -18,6 +19,8 @@ def _activate() -> str:
         raise ImportError(f"nvtripy is not installed: pip install --no-deps nvtripy=={NVTRIPY}") from None
     if found != NVTRIPY:
         raise ImportError(f"nvtripy {found} does not run on the CPU: pip install --no-deps nvtripy=={NVTRIPY}")
+    # waiting threads soon sleep: with one busy neighbour, threads that spin made a small model 70 times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported
     import torch
 
     from . import runtime
@@ -28,11 +31,11 @@ def _activate() -> str:
     from nvtripy.trace.trace import Trace
     from nvtripy.utils import json, stack_info
 
-    from . import program
+    from . import program, saving
 
     Trace.to_mlir = lambda self: self
     Compiler.compile = lambda self, module, trace=None: program.lower(module)
-    json.save, json.load = program.save, program.load
+    json.save, json.load = saving.save, saving.load
     stack_info.get_stack_info = runtime.get_stack_info
     memref.tolist = lambda value: value.data.tolist()
     return f"nvtripy {found}'s front end, executed by torch {torch.__version__.partition('+')[0]}"

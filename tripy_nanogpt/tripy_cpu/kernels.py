@@ -1,8 +1,11 @@
-"""What each operation of nvtripy's Trace computes, with torch: KERNELS has those of a GPT-2 and their like.
+"""What each operation of nvtripy's Trace computes, with torch: KERNELS has those of a GPT-2 and their like, and those
+that fusion.py makes of several.
 
 A kernel gets the attributes of its operation and its inputs; inputs that SHAPES names arrive as lists of int. An
 operation on float16 or bfloat16 is computed in float32 and rounded once, at its output.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,22 @@ DTYPES |= {"int4": torch.int8, "float8": torch.float8_e4m3fn}  # int4 is compute
 
 # which inputs are shapes, by position
 SHAPES = {"slice.Slice": (1, 2, 3), "broadcast.Broadcast": (1,), "reshape.Reshape": (1,), "linspace.Linspace": (0,)}
+
+
+class Node(NamedTuple):
+    op: str  # module and class of the Trace operation: "reduce.Max" is not "binary.Max"
+    attrs: dict
+    inputs: list[str]
+    outputs: list[str]
+
+    def __call__(self, *values):
+        shapes = SHAPES.get(self.op, ())
+        values = (v.flatten().tolist() if p in shapes else v for p, v in enumerate(values))
+        return as_tuple(KERNELS[self.op](self.attrs, *values))
+
+
+def as_tuple(result):
+    return result if type(result) is tuple else (result,)
 
 
 def wide(fn):
@@ -39,7 +58,7 @@ def reduce(fn):
 
 def layer_norm(op, x, weight, bias):
     shape = x.shape[x.ndim - len(op["normalized_shape"]) :]
-    return F.layer_norm(x, shape, weight.reshape(shape), bias.reshape(shape), op["eps"])
+    return torch.layer_norm(x, shape, weight.reshape(shape), bias.reshape(shape), op["eps"])
 
 
 def along(values, dim, rank):
@@ -79,7 +98,32 @@ def quantize(op, x, scale):
     return y.clamp(*QUANTIZED[op["dtype"]]).to(DTYPES[op["dtype"]])
 
 
+def extent(op, visible):
+    """How many keys, from the first on, every query may attend to; -1 if each attends to those before it; else None."""
+    T = visible.shape[-1]
+    if visible.numel() == T:
+        count = int(visible.sum())
+        return count if count and bool(visible.flatten()[:count].all()) else None
+    causal = visible.numel() == T * T and visible.shape[-2] == T
+    return -1 if causal and torch.equal(visible.reshape(T, T), torch.ones(T, T, dtype=torch.bool).tril()) else None
+
+
+def attention(op, q, k, v, visible, extent):
+    if extent is None:
+        scores = (q @ k.transpose(-2, -1) * op["scale"]).where(visible, -torch.inf)
+        return scores.softmax(-1) @ v
+    if extent < 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=op["scale"])
+    # keys after the last visible one add nothing, and are not read
+    return F.scaled_dot_product_attention(q, k[:, :, :extent], v[:, :, :extent], scale=op["scale"])
+
+
 KERNELS = {
+    "fused.Attention": attention,
+    "fused.Extent": extent,
+    "fused.Gelu": lambda op, x: F.gelu(x, approximate="tanh"),
+    "fused.Linear": lambda op, x, weight, bias: weight(x, bias, op["gelu"]),
+    "fused.Slots": lambda op, condition: condition.flatten().nonzero().flatten(),
     "binary.Div": lambda op, a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc"),
     "binary.FloorDiv": wide(lambda op, a, b: torch.div(a, b, rounding_mode="floor")),
     "binary.Pow": wide(plain(torch.pow)),

@@ -1,50 +1,26 @@
 """nvtripy's Trace as a program that torch runs.
 
-lower() folds what depends only on constants and known shapes, as TensorRT's builder does; a Program holds the steps
-that remain. save() and load() store an executable as a safetensors file: the program's constants, and the rest as JSON
-in its header. nvtripy's own format is JSON alone, whose decoding took longer than everything else at a start.
+lower() folds what depends only on constants and known shapes, and fuses operations, as TensorRT's builder does; a
+Program holds the steps that remain.
 """
 
 import json
 from collections import Counter
 from dataclasses import fields
 from functools import partial
-from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from nvtripy import Executable
 from nvtripy.backend.mlir.utils import OUTPUT_SEPARATOR, map_error_to_user_code_and_raise
-from nvtripy.common.exception import raise_error
 from nvtripy.trace.ops.base import TraceOp
 from nvtripy.trace.ops.constant import Constant
-from nvtripy.utils.json import from_json, to_json
-from nvtripy.utils.utils import load_file, save_file
 
-from .kernels import DTYPES, KERNELS, SHAPES
+from .fusion import fuse
+from .kernels import DTYPES, KERNELS, SHAPES, Node, as_tuple
 from .runtime import MemRefValue, MTRTException, PointerType, ScalarTypeCode, Version, write
-from .weights import KINDS, Quantized, digest, share, storage, weight_of
+from .weights import Folded, Weight, clone, storage, weight_of
 
-FORMAT = "tripy_cpu 3"
-ATTRIBUTES = ("_arg_names", "_return_single_tensor_as_sequence", "input_infos", "_access_plan_by_name")
 VIEWS = ("reshape.Reshape", "broadcast.Broadcast", "permute.Permute")
 ERRORS = (RuntimeError, IndexError, ValueError)
-
-
-class Node(NamedTuple):
-    op: str  # module and class of the Trace operation: "reduce.Max" is not "binary.Max"
-    attrs: dict
-    inputs: list[str]
-    outputs: list[str]
-
-    def __call__(self, *values):
-        shapes = SHAPES.get(self.op, ())
-        values = (v.flatten().tolist() if p in shapes else v for p, v in enumerate(values))
-        return as_tuple(KERNELS[self.op](self.attrs, *values))
-
-
-def as_tuple(result):
-    return result if type(result) is tuple else (result,)
 
 
 class Program:
@@ -52,6 +28,8 @@ class Program:
         """inputs: (name, dtype, least shape, largest shape) of each; outputs: (name, dtype)."""
         self.inputs, self.nodes, self.outputs, self.constants = inputs, nodes, outputs, constants
         self.owned = {storage(value) for value in constants.values() if isinstance(value, torch.Tensor)}
+        weights = [value for value in constants.values() if isinstance(value, Weight)]
+        self.unprepared = sorted(weights, key=lambda weight: weight.size)  # the largest while there is most room
         self.caches = {node.inputs[2] for node in nodes if "written" in node.attrs}
         self.steps, self.fixed, needed = [], constants.copy(), {name for name, _ in outputs}
         for node in reversed(nodes):
@@ -96,6 +74,8 @@ class Program:
                 raise MTRTException(f"Runtime shape mismatch: {memref.shape} is not within {low} and {high}")
         try:
             with torch.inference_mode():
+                while self.unprepared:
+                    self.unprepared.pop().prepare()
                 results = self.run([memref.version for memref in in_args])
         except ERRORS as error:
             raise MTRTException(str(error).partition("\n")[0]) from error
@@ -128,36 +108,6 @@ class Program:
         return results
 
 
-def save(executable, path):
-    program, tensors, same, constants = executable._executable, {}, {}, {}
-    for name, value in program.constants.items():
-        parts = value.tensors() if callable(value) else [value]
-        keys = [same.setdefault(digest(tensor), f"{name} {i}") for i, tensor in enumerate(parts)]
-        tensors |= {key: t.clone(memory_format=torch.contiguous_format) for key, t in zip(keys, parts, strict=True)}
-        constants[name] = [type(value).__name__, keys]
-    about = {
-        "format": FORMAT,
-        "program": [program.inputs, program.nodes, program.outputs, constants],
-        "executable": to_json({name.lstrip("_"): getattr(executable, name) for name in ATTRIBUTES}),
-    }
-    save_file(safetensors.torch.save(tensors, {"tripy_cpu": json.dumps(about)}), path)
-
-
-def load(path):
-    data = load_file(path)
-    try:
-        about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["tripy_cpu"])
-        if about["format"] != FORMAT:
-            raise ValueError(f"format must be {FORMAT}, got {about['format']}")
-        inputs, nodes, outputs, held = about["program"]
-        tensors = safetensors.torch.load(data)
-        constants = {name: KINDS[kind](*(tensors[key] for key in keys)) for name, (kind, keys) in held.items()}
-        program = Program(inputs, [Node(*n) for n in nodes], outputs, constants)
-        return Executable(program, **from_json(about["executable"]))
-    except (KeyError, TypeError, AttributeError, safetensors.SafetensorError, *ERRORS) as error:
-        raise_error(f"{path} is not an executable for the CPU: {error}")
-
-
 def lower(trace):
     """nvtripy's Trace as a Program."""
     inputs, nodes, constants, shapes = [], [], {}, {}
@@ -167,24 +117,27 @@ def lower(trace):
         low, high = (list(map(int, b)) for b in ((bounds.min, bounds.max) if bounds else (tensor.shape, tensor.shape)))
         inputs.append((tensor.name, tensor.dtype.name, low, high))
         if low == high:
-            shapes[tensor.name] = torch.empty(low, dtype=DTYPES[tensor.dtype.name], device="meta")
+            shapes[tensor.name] = zeros(low, DTYPES[tensor.dtype.name])
     caches = {name for name, *_ in inputs if uses[name] == 1}
     for op in trace.ops:
         if isinstance(op, Constant):
             op._check_address_space()
-            constants[op.outputs[0].name] = share(op.data.data)
+            constants[op.outputs[0].name] = op.data.data
             continue
         try:
             node = as_node(op)
             if not fold(node, constants, shapes):
-                nodes.append(node)
-                specialize(node, [tensor.rank for tensor in op.inputs], constants, shapes, caches)
+                nodes += specialize(node, [tensor.rank for tensor in op.inputs], constants, shapes, caches)
         except ERRORS as error:
             raise_with_users_line(trace, op, error)
     outputs = [(output.name, output.dtype.name) for output in trace.outputs]
+    dtypes = {tensor.name: tensor.dtype.name for op in trace.ops for tensor in op.outputs}
+    nodes = fuse(nodes, constants, {name for name, _ in outputs}, dtypes)
     used = {name for node in nodes for name in node.inputs} | {name for name, _ in outputs}
     constants |= {name: dense(constants[name]) for name, _ in outputs if name in constants}
-    return Program(inputs, nodes, outputs, {name: value for name, value in constants.items() if name in used})
+    constants = {name: value for name, value in constants.items() if name in used}
+    constants |= {name: clone(value) for name, value in constants.items() if isinstance(value, torch.Tensor)}
+    return Program(inputs, nodes, outputs, constants)
 
 
 def raise_with_users_line(trace, op, error):
@@ -206,7 +159,7 @@ def as_node(op):
 
 
 def dense(value):
-    return value.dense() if isinstance(value, Quantized) else value
+    return value.dense() if isinstance(value, Folded) else value
 
 
 def as_json(value):
@@ -221,38 +174,49 @@ def fold(node, constants, shapes):
     if any(value is None for value in values):
         return False
     quantized = None
-    if isinstance(values[0], Quantized) and node.op in VIEWS:
+    if isinstance(values[0], Folded) and node.op in VIEWS:
         quantized = values[0].view(*node(values[0].meta, *values[1:]))
     elif node.op == "dequantize.Dequantize":
-        quantized = Quantized.of(node.attrs, *values)
+        quantized = Folded.of(node.attrs, *values)
     constants.update(zip(node.outputs, [quantized] if quantized else node(*map(dense, values)), strict=True))
     return True
 
 
+def zeros(shape, dtype):
+    """One zero, seen as a tensor of this shape: a result's shape is that of zeros."""
+    return torch.zeros((), dtype=dtype).expand(tuple(shape))
+
+
 def specialize(node, ranks, constants, shapes, caches):
-    """Chooses how a node is computed, and infers the shapes of its results if those of its inputs are known."""
+    """The nodes that compute this one; infers the shapes of its results if those of its inputs are known."""
     values = [constants.get(name) for name in node.inputs]
     is_product = node.op == "matmul.MatrixMultiply" and values[1] is not None and ranks[0] >= ranks[1]
     if weight := weight_of(values[1]) if is_product else None:
         node.inputs[1] += " as weight"
-        constants[node.inputs[1]] = weight
+        if node.inputs[1] not in constants:
+            constants[node.inputs[1]] = Weight.bake(*weight)
     else:
         constants |= {name: dense(constants[name]) for name in node.inputs if name in constants}
-    lists, metas = SHAPES.get(node.op, ()), []
+    lists, known = SHAPES.get(node.op, ()), []
     for p, (name, value) in enumerate(zip(node.inputs, values, strict=True)):
-        meta = value if p in lists else shapes.get(name) if value is None else value.to("meta")
-        if meta is None:
-            return
-        metas.append(meta)
-    try:
-        with torch.device("meta"):
-            results = node(*metas)
-    except NotImplementedError:
-        return  # the shape depends on values
-    shapes.update(zip(node.outputs, results, strict=True))
+        view = getattr(value, "meta", value)
+        like = shapes.get(name) if value is None else zeros(view.shape, view.dtype)
+        known.append(value if p in lists else like)
+    if any(each is None for each in known):
+        return [node]
+    if weight:
+        results = [zeros((*known[0].shape[:-1], known[1].shape[-1]), known[0].dtype)]
+    else:
+        if "Div" in node.op:
+            known[1] = known[1] + 1
+        results = node(*known)
+    shapes.update((name, zeros(r.shape, r.dtype)) for name, r in zip(node.outputs, results, strict=True))
     if node.op == "where.Where" and node.inputs[2] in caches:
-        condition, new, old = metas
+        condition, new, old = known
         dims = [dim for dim, size in enumerate(condition.shape) if size > 1]
         alike = condition.ndim == new.ndim == old.ndim and results[0].shape == old.shape
         if alike and len(dims) == 1 and new.shape[dims[0]] == 1:  # new is written to some slots of old
-            node.attrs["written"] = dims[0]
+            slots = Node("fused.Slots", {}, node.inputs[:1], [f"slots of {node.inputs[0]}"])
+            node.attrs["written"], node.inputs[0] = dims[0], slots.outputs[0]
+            return [slots, node]
+    return [node]

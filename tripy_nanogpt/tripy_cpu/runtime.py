@@ -69,9 +69,9 @@ class Version:
         return self.tensor
 
 
-def write(dim, condition, new, version):
-    """Writes new in place where condition is true along dim. Only the caller may use the memory."""
-    tensor, slots = version.read(), condition.flatten().nonzero().flatten()
+def write(dim, slots, new, version):
+    """Writes new in place to these slots of dim. Only the caller may use the memory."""
+    tensor = version.read()
     version.newer, version.tensor, version.undo = Version(tensor), None, (dim, slots, tensor.index_select(dim, slots))
     return tensor.index_copy_(dim, slots, new.expand_as(version.undo[2]))
 

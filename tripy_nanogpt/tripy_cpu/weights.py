@@ -1,8 +1,15 @@
-"""Weights: constants that are multiplied by, held once for all programs, in the layout that makes the product fast."""
+"""Weights: constants that are multiplied by, held once for all programs.
+
+A weight is known by its plain tensors, which are what is saved. prepare() gives it a product, which reads them or a
+copy in another layout.
+"""
 
 import hashlib
+import math
+import time
 import weakref
 from copy import copy
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +17,7 @@ import torch.nn.functional as F
 from .kernels import HALF
 
 LARGE = 1 << 14  # elements; smaller constants keep their layout
-CHUNK = 1 << 18  # elements of a quantized weight that are dequantized at a time: they fit in the second-level cache
-ROWS = 8  # of the product that weights are packed for: faster for one row, too, than packing for one
-BFLOAT16 = False  # multiply quantized weights in bfloat16: two to four times as fast, and within 1e-2
+FAST = False  # multiply by quantized weights, and by the head then, in 16 bits: within 1e-2
 
 _shared = weakref.WeakValueDictionary()
 
@@ -22,33 +27,113 @@ def storage(tensor):
 
 
 def digest(tensor):
+    """(dtype, shape, a hash of both and the elements)."""
     flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
-    raw = flat.view(torch.uint8).numpy()
-    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(raw).digest()
+    dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    content = hashlib.sha256(f"{dtype} {shape}".encode())
+    content.update(flat.view(torch.uint8).numpy())
+    return dtype, shape, content.hexdigest()
 
 
-def share(tensor, convert=torch.clone):
-    """convert(tensor), or its earlier result for the same bytes: equal weights are held once."""
-    if tensor.numel() < LARGE:
-        return convert(tensor)
-    key = convert, *digest(tensor)
-    shared = _shared.get(key)
-    if shared is None:
-        shared = _shared[key] = convert(tensor)
-    return shared
+def share(key, make):
+    """make(), or what it made earlier for this key, if that is in use: equal weights are held once."""
+    value = _shared.get(key)
+    if value is None:
+        value = _shared[key] = make()
+    return value
+
+
+def clone(tensor):
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if tensor.numel() < LARGE else share(("Tensor", digest(tensor)[2]), lambda: tensor)
 
 
 def weight_of(value):
-    """`x -> x @ value` if value is one large matrix, else None."""
-    view = value.meta if isinstance(value, Quantized) else value
+    """(kind, its plain tensors) of `x -> x @ value` if value is one large matrix, else None."""
+    view = value.meta if isinstance(value, Folded) else value
     if view.ndim < 2 or not view.is_floating_point() or view.numel() < LARGE:
         return None
     matrix = view[(0,) * (view.ndim - 2)]
     if matrix.numel() != view.numel():
         return None
-    if isinstance(value, Quantized):
-        return value if value.is_multiplied_by(matrix) else None
-    return Float(matrix.t())
+    if isinstance(value, Folded):
+        return (value.kind, value.tensors) if value.is_multiplied_by(matrix) else None
+    return "Float", [matrix]
+
+
+# -- products: x -> x @ weight.t() + bias, and GELU of it
+
+
+def finish(y, bias, gelu):
+    y = y if bias is None else y + bias
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+class Plain:
+    """float32 as it is. MKL multiplies one row on one thread: here the threads share the inputs, in parts."""
+
+    def __init__(self, weight):  # [in, out]
+        self.weight = weight
+        threads = 1 << (torch.get_num_threads() - 1).bit_length()
+        self.parts = weight.unflatten(0, (math.gcd(len(weight), max(8, threads)), -1))
+
+    def __call__(self, x, bias=None, gelu=False):
+        if x.numel() > x.shape[-1]:
+            return finish(x @ self.weight, bias, gelu)
+        y = torch.bmm(x.reshape(len(self.parts), 1, -1), self.parts).sum(0)
+        return finish(y.reshape(*x.shape[:-1], -1), bias, gelu)
+
+
+class Float16:
+    """float16 in FBGEMM's layout, multiplied and summed in float32."""
+
+    def __init__(self, weight):
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.t().float().contiguous(), None)
+        self.linear = torch.ops.quantized.linear_dynamic_fp16.default
+
+    def __call__(self, x, bias=None, gelu=False):
+        return finish(self.linear(x.float(), self.packed).to(x.dtype), bias, gelu)
+
+
+class Dense:
+    """Half precision, where there is no better product."""
+
+    def __init__(self, weight):
+        self.weight, self.half = weight.t().contiguous(), has_half_product(weight.dtype)
+
+    def __call__(self, x, bias=None, gelu=False):
+        one_row = x.numel() == x.shape[-1]  # then torch's half-precision product accumulates in float32
+        if self.half and one_row:
+            return finish(F.linear(x, self.weight), bias, gelu)
+        return finish(F.linear(x.float(), self.weight.float()).to(x.dtype), bias, gelu)
+
+
+class Int8:
+    """int8 with one scale per row, multiplied in bfloat16."""
+
+    def __init__(self, q, scale):
+        self.q, self.scales = q, scale.flatten().bfloat16()
+
+    def __call__(self, x, bias=None, gelu=False):
+        y = torch._weight_int8pack_mm(x.flatten(end_dim=-2).bfloat16(), self.q, self.scales)
+        return finish(y.to(x.dtype).unflatten(0, x.shape[:-1]), bias, gelu)
+
+
+class Int4:
+    """int4 with one scale per block of the inputs, multiplied in bfloat16."""
+
+    def __init__(self, q, scale):
+        self.block = q.shape[0] // scale.shape[0]
+        self.q = torch._convert_weight_to_int4pack_for_cpu((as_int8(q).t().int() + 8).contiguous(), 1)
+        self.scales = torch.stack((scale, torch.zeros_like(scale)), -1).bfloat16()
+
+    def __call__(self, x, bias=None, gelu=False):
+        flat = x.flatten(end_dim=-2).bfloat16()
+        y = torch._weight_int4pack_mm_for_cpu(flat, self.q, self.block, self.scales)
+        return finish(y.to(x.dtype).unflatten(0, x.shape[:-1]), bias, gelu)
+
+
+# -- which product
 
 
 def computes(product, dtype, most, size=128):
@@ -62,66 +147,111 @@ def computes(product, dtype, most, size=128):
         return False
 
 
+def has_float16():
+    return computes(lambda x: Float16(torch.full((x.shape[1], 64), 127.0))(x), torch.float32, 127)
+
+
 def has_half_product(dtype):
     return computes(lambda x: F.linear(x, torch.full((64, x.shape[1]), 127, dtype=dtype)), dtype, 127)
 
 
-def has_low_bit_products():
-    def int8(x):
-        return torch._weight_int8pack_mm(x, torch.full((64, x.shape[1]), 127, dtype=torch.int8), x[0, :64])
-
-    def int4(x):
-        weight = pack_int4(as_int4(torch.full((x.shape[1], 64), 7, dtype=torch.int8)))
-        return torch._weight_int4pack_mm_for_cpu(x, weight, x.shape[1], int4_scales(x[:, :64]))
-
-    return computes(int8, torch.bfloat16, 127) and computes(int4, torch.bfloat16, 7)
+def has_low_bits(kind):
+    """Whether this CPU multiplies by int8 or int4."""
+    if kind == "Int8":
+        q, scale = torch.full((64, 128), 127, dtype=torch.int8), torch.ones(64, 1)
+    else:
+        q, scale = as_int4(torch.full((128, 64), 7, dtype=torch.int8)), torch.ones(1, 64)
+    return computes(lambda x: PRODUCTS[kind](q, scale)(x), torch.float32, 127 if kind == "Int8" else 7)
 
 
-def pack(weight):
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+@cache
+def is_fastest(kind):
+    """Whether the product by int8 or int4 takes less time than by float16: without AVX-512 it may not."""
+    if not has_float16():
+        return True
+    q = torch.ones(3072, 768, dtype=torch.int8) if kind == "Int8" else torch.ones(768, 1536, dtype=torch.int8)
+    scale = torch.ones(3072, 1) if kind == "Int8" else torch.ones(6, 3072)
+    x, seconds = torch.ones(1, 768), []
+    for make in (lambda: PRODUCTS[kind](q, scale), lambda: Float16(torch.ones(768, 3072))):
+        products = [make() for _ in range(8)]  # more than a cache holds
+        for _ in range(3):
+            start = time.perf_counter()
+            for product in products:
+                product(x)
+            took = time.perf_counter() - start
+        seconds.append(took)
+    return seconds[0] < seconds[1]
 
 
-class Float:
-    def __init__(self, weight):  # [out, in]
-        packed = weight.dtype is torch.float32 and torch.backends.mkldnn.is_available()
-        self.weight = share(weight, pack if packed else torch.clone)
-        self.half = weight.dtype in HALF and has_half_product(weight.dtype)
-
-    def tensors(self):
-        return [self.weight.to_dense() if self.weight.is_mkldnn else self.weight]
-
-    def __call__(self, x):
-        if self.weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        one_row = x.numel() == x.shape[-1]  # then torch's half-precision product accumulates in float32
-        if x.dtype in HALF and not (self.half and one_row):
-            return F.linear(x.float(), self.weight.float()).to(x.dtype)
-        return F.linear(x, self.weight)
+def product_of_float(weight):
+    is_half = weight.dtype is torch.float16 or FAST and weight.abs().max() < torch.finfo(torch.float16).max
+    if is_half and has_float16():
+        return Float16(weight)
+    return Dense(weight) if weight.dtype in HALF else Plain(weight)
 
 
-class Quantized:
-    """int8 [out, in] with one scale per row, or int4 [in, out], two per byte, with one scale per block of rows."""
+def product_of_int8(q, scale):
+    if FAST and has_low_bits("Int8") and is_fastest("Int8"):
+        return Int8(q, scale)
+    return product_of_float((q.float() * scale.float()).to(scale.dtype).t().contiguous())
 
-    def __init__(self, q, scale):
-        self.q, self.scale, self.is_int8 = share(q), scale, scale.shape == (len(q), 1)
-        self.shape = (q.shape[0], q.shape[1] * (1 if self.is_int8 else 2))
-        self.block = self.shape[0] // scale.shape[0]
-        self.meta = torch.empty(self.shape, dtype=scale.dtype, device="meta")  # its shape and strides
-        self.fast = BFLOAT16 and (self.is_int8 or (self.block in (32, 64, 128, 256) and self.shape[1] % 64 == 0))
-        self.repacked = self.fast and not self.is_int8  # in torch's layout instead of ours
-        if self.repacked:
-            self.q = share(q, pack_int4)
-        if self.fast:
-            self.scales = scale.flatten().bfloat16() if self.is_int8 else int4_scales(scale)
+
+def product_of_int4(q, scale):
+    block = q.shape[0] // scale.shape[0]
+    fits = block in (32, 64, 128, 256) and scale.shape[1] % 64 == 0
+    if FAST and fits and has_low_bits("Int4") and is_fastest("Int4"):
+        return Int4(q, scale)
+    dense = as_int8(q).float() * scale.float().repeat_interleave(block, 0)
+    return product_of_float(dense.to(scale.dtype))
+
+
+PRODUCTS = {"Int8": Int8, "Int4": Int4}
+CHOICES = {"Float": product_of_float, "Int8": product_of_int8, "Int4": product_of_int4}
+
+
+class Weight:
+    """x -> x @ weight, with a bias and GELU if they are given."""
+
+    def __init__(self, kind, tensors, shapes):
+        """tensors() -> the plain tensors, which have these shapes."""
+        self.kind, self.tensors, self.product, self.size = kind, tensors, None, math.prod(shapes[0])
+        self.outputs = shapes[0][0] if kind == "Int8" else shapes[-1][1]
+
+    @classmethod
+    def bake(cls, kind, tensors):
+        """Of tensors that may change or go."""
+        kept = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        shapes, keys = zip(*[(shape, key) for _, shape, key in map(digest, kept)], strict=True)
+        return share((kind, FAST, *keys), lambda: cls(kind, lambda: kept, shapes).prepare())
+
+    def prepare(self):
+        if self.product is None:
+            self.product = CHOICES[self.kind](*self.tensors())
+        return self
+
+    def __call__(self, x, bias=None, gelu=False):
+        return self.product(x, bias, gelu)
+
+
+class Folded:
+    """A dequantized constant while a trace is lowered: int8 [out, in] with one scale per row, or int4 [in, out].
+
+    int4 has two per byte, and one scale per block of rows.
+    """
+
+    def __init__(self, kind, q, scale):
+        self.kind, self.tensors = kind, [q, scale]
+        self.width = q.shape[1] * (1 if kind == "Int8" else 2)
+        self.meta = torch.empty(len(q), self.width, dtype=scale.dtype, device="meta")  # its shape and strides
 
     @classmethod
     def of(cls, op, q, scale):
         """The result of a Dequantize if it is one of the two kinds, else None."""
         if q.ndim == 2 and q.dtype is torch.int8 and q.numel() >= LARGE:
             if op["stored"] == "int8" and op["dim"] == 0:
-                return cls(q, scale.reshape(-1, 1))
+                return cls("Int8", q, scale.reshape(-1, 1))
             if op["stored"] == "int4" and op["dim"] is None and scale.ndim == 2 and q.shape[1] % 2 == 0:
-                return cls(as_int4(q), scale)
+                return cls("Int4", as_int4(q), scale)
         return None
 
     def view(self, meta):
@@ -131,40 +261,13 @@ class Quantized:
         return view if storage(meta) == storage(self.meta) else None
 
     def is_multiplied_by(self, matrix):
-        return matrix.stride() == ((1, self.shape[1]) if self.is_int8 else (self.shape[1], 1))
-
-    def to(self, device):  # meta
-        return self.meta
-
-    def tensors(self):
-        q = self.q
-        if self.repacked:
-            eye = torch.eye(self.shape[0], dtype=torch.bfloat16)  # its product is the integers
-            ones = int4_scales(torch.ones(len(eye) // 32, self.shape[1]))
-            q = as_int4(torch._weight_int4pack_mm_for_cpu(eye, q, 32, ones).to(torch.int8))
-        return [q, self.scale]
-
-    def rows(self, start, stop):
-        q = self.tensors()[0][start:stop]
-        scale = self.scale[start // self.block : stop // self.block].float().repeat_interleave(self.block, 0)
-        return ((q if self.is_int8 else as_int8(q)).float() * scale).to(self.scale.dtype)
+        return matrix.stride() == ((1, self.width) if self.kind == "Int8" else (self.width, 1))
 
     def dense(self):
-        return self.rows(0, self.shape[0]).as_strided(self.meta.shape, self.meta.stride())
-
-    def __call__(self, x):
-        if self.fast:
-            flat = x.flatten(end_dim=-2).bfloat16()
-            if self.is_int8:
-                y = torch._weight_int8pack_mm(flat, self.q, self.scales)
-            else:
-                y = torch._weight_int4pack_mm_for_cpu(flat, self.q, self.block, self.scales)
-            return y.to(x.dtype).unflatten(0, x.shape[:-1])
-        y, step = x.float(), max(CHUNK // self.shape[1] // self.block, 1) * self.block
-        parts = [(i, min(i + step, self.shape[0])) for i in range(0, self.shape[0], step)]
-        if self.is_int8:
-            return torch.cat([y @ self.rows(*part).float().t() for part in parts], -1).to(x.dtype)
-        return sum(y[..., slice(*part)] @ self.rows(*part).float() for part in parts).to(x.dtype)
+        q, scale = self.tensors
+        q = q if self.kind == "Int8" else as_int8(q)
+        spread = scale.float().repeat_interleave(q.shape[0] // scale.shape[0], 0)
+        return (q.float() * spread).to(scale.dtype).as_strided(self.meta.shape, self.meta.stride())
 
 
 def as_int4(q):
@@ -173,14 +276,3 @@ def as_int4(q):
 
 def as_int8(q):
     return torch.stack(((q << 4) >> 4, q >> 4), -1).flatten(-2)
-
-
-def pack_int4(q):
-    return torch._convert_weight_to_int4pack_for_cpu((as_int8(q).t().int() + 8).contiguous(), 1)
-
-
-def int4_scales(scale):
-    return torch.stack((scale, torch.zeros_like(scale)), -1).bfloat16()
-
-
-KINDS = {"Tensor": share, "Float": Float, "Quantized": Quantized}  # constructors of a saved program's constants

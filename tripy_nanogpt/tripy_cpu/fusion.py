@@ -1,0 +1,117 @@
+"""Operations of a program that one kernel computes: a linear layer with its bias and GELU, and attention.
+
+A pattern is written as the operations nest: (operation, inputs...). A str is any tensor, the same one each time, and a
+number a constant of one element. What is then without a use is removed. Float32 only: half precision rounds after each
+operation.
+"""
+
+import json
+import math
+
+import torch
+
+from .kernels import Node
+
+GELU_SCALE = math.sqrt(2 / math.pi)
+CUBE = ("binary.Mul", ("binary.Mul", "x", "x"), "x")
+TANH = ("unary.Tanh", ("binary.Mul", ("binary.Add", "x", ("binary.Mul", CUBE, 0.044715)), GELU_SCALE))
+GELU = ("binary.Mul", ("binary.Mul", "x", 0.5), ("binary.Add", TANH, 1.0))
+SCORES = ("binary.Mul", ("matmul.MatrixMultiply", "q", ("permute.Permute", "k")), "scale")
+ATTENTION = ("matmul.MatrixMultiply", ("softmax.Softmax", ("where.Where", "visible", SCORES, -math.inf)), "v")
+ATTRIBUTES = {"permute.Permute": {"permutation": [0, 1, 3, 2]}, "softmax.Softmax": {"dim": 3}}
+LINEAR = ("binary.Add", ("matmul.MatrixMultiply", "x", "weight"), "bias")
+
+
+class Fusion:
+    def __init__(self, nodes, constants, outputs):
+        """outputs: names. constants gets the vectors that fused nodes read."""
+        self.constants, self.outputs = constants, outputs
+        self.producers = {name: node for node in nodes for name in node.outputs}
+
+    def match(self, name, pattern, found):
+        """Whether name is computed as pattern says; found gets the names of its tensors."""
+        if isinstance(pattern, str):
+            return found.setdefault(pattern, name) == name
+        if isinstance(pattern, float):
+            value = self.number(name)
+            return value is not None and (value == pattern or math.isclose(value, pattern, rel_tol=1e-6))
+        node = self.producers.get(name)
+        if node is None or node.op != pattern[0] or len(node.inputs) != len(pattern) - 1:
+            return False
+        if node.attrs != ATTRIBUTES.get(node.op, node.attrs):
+            return False
+        return all(self.match(part, inner, found) for part, inner in zip(node.inputs, pattern[1:], strict=True))
+
+    def number(self, name):
+        value = self.constants.get(name)
+        return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else None
+
+    def linear(self, node):
+        found = {}
+        if not self.match(node.outputs[0], LINEAR, found):
+            return []
+        weight, bias = self.constants.get(found["weight"]), self.constants.get(found["bias"])
+        if not callable(weight) or not isinstance(bias, torch.Tensor) or list(bias.shape[-1:]) != [bias.numel()]:
+            return []
+        if bias.numel() != weight.outputs:
+            return []
+        vector = f"{found['bias']} as vector"
+        self.constants[vector] = bias.flatten()
+        return [Node("fused.Linear", {"gelu": False}, [found["x"], found["weight"], vector], node.outputs)]
+
+    def gelu(self, node):
+        found = {}
+        if not self.match(node.outputs[0], GELU, found):
+            return []
+        linear = self.producers.get(found["x"])
+        if linear and linear.op == "fused.Linear" and found["x"] not in self.outputs:
+            return [Node("fused.Linear", {"gelu": True}, linear.inputs, node.outputs)]
+        return [Node("fused.Gelu", {}, [found["x"]], node.outputs)]
+
+    def attention(self, node):
+        found = {}
+        if not self.match(node.outputs[0], ATTENTION, found) or (scale := self.number(found["scale"])) is None:
+            return []
+        extent = f"extent of {found['visible']}"
+        before = [Node("fused.Extent", {}, [found["visible"]], [extent])] if extent not in self.producers else []
+        names = [*(found[name] for name in ("q", "k", "v", "visible")), extent]
+        return [*before, Node("fused.Attention", {"scale": scale}, names, node.outputs)]
+
+
+def fuse(nodes, constants, outputs, dtypes):
+    """The nodes that are left; outputs: names, dtypes: of each tensor by name."""
+    nodes = merge_equal(nodes, constants, outputs)
+    fusion, fused = Fusion(nodes, constants, outputs), []
+    for node in nodes:
+        new = []
+        if dtypes.get(node.outputs[0]) == "float32":
+            new = fusion.linear(node) or fusion.gelu(node) or fusion.attention(node)
+        for each in new or [node]:
+            fused.append(each)
+            fusion.producers.update(dict.fromkeys(each.outputs, each))
+    return remove_unused(fused, outputs)
+
+
+def merge_equal(nodes, constants, outputs):
+    """Without nodes that compute what an earlier one does: each layer computes the same shapes and masks."""
+    names, first, kept = {}, {}, []
+    for name, value in constants.items():
+        if isinstance(value, torch.Tensor) and value.numel() <= 16:
+            names[name] = first.setdefault((value.dtype, value.shape, *value.flatten().tolist()), name)
+    for node in nodes:
+        node = node._replace(inputs=[names.get(name, name) for name in node.inputs])
+        equal = first.setdefault((node.op, json.dumps(node.attrs), *node.inputs), node)
+        if equal is node or "written" in node.attrs or outputs.intersection(node.outputs):
+            kept.append(node)
+        else:
+            names |= zip(node.outputs, equal.outputs, strict=True)
+    return kept
+
+
+def remove_unused(nodes, outputs):
+    needed, kept = {*outputs}, []
+    for node in reversed(nodes):
+        if needed.intersection(node.outputs):
+            needed.update(node.inputs)
+            kept.insert(0, node)
+    return kept
