@@ -17,7 +17,6 @@ DTYPES = {
     "bfloat16": "bfloat16",
     "float16": "float16",
     "compiled": "float32",
-    "compiled-bfloat16": "bfloat16",
 }
 SLOTS = 128  # of a static cache, or a multiple: a step attends to all of them
 greedy, score = gpt2.greedy, gpt2.score
