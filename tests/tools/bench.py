@@ -131,7 +131,7 @@ def start(engine: Engine, root: Path, prompt: list[int]) -> Worker:
         times.append(time.perf_counter() - begin)
         if len(times) > WARM_STARTS:
             break
-        worker.__exit__()
+        worker.close()
     facts = {"engine": answer["engine"], "step_bytes": answer["step_bytes"], "peak_mb": answer["peak_mb"]}
     engine.row |= facts | {"cold_s": round(times[0], 2), "warm_s": round(statistics.median(times[1:]), 2)}
     return worker

@@ -39,6 +39,12 @@ class Worker:
             message = error_line(self.log.read().split("\n"))
             raise Failed(f"FAILED with exit status {self.process.returncode}: {message}") from None
 
+    def close(self) -> None:
+        """Lets the process end by itself, which may still store what it compiled."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
     def __enter__(self):
         return self
 

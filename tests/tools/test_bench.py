@@ -92,6 +92,15 @@ def test_rounds_interleave_the_engines_after_a_cold_and_warm_starts(checkout, ru
     assert [call[0] for call in calls[first:]] == 3 * [name for name in names for _ in range(2)]
 
 
+def test_a_start_is_warm_once_the_one_before_has_stored_all(checkout, add_engine, run):
+    load = 'import atexit, time; print("warm" if pathlib.Path("stored").exists() else "cold", file=open("starts", "a"))'
+    load += '; atexit.register(lambda: (time.sleep(0.3), pathlib.Path("stored").touch()))'
+    add_engine(Path("alpha_gpt/bench.py"), load=load.replace('"starts"', repr(str(checkout / "starts"))))
+    run()
+    starts = (checkout / "starts").read_text(encoding="utf-8").split()
+    assert starts[: 1 + bench.WARM_STARTS] == ["cold", *["warm"] * bench.WARM_STARTS]
+
+
 def test_other_tokens_make_a_row_void(add_engine, run):
     add_engine(Path("beta_gpt/bench.py"), tokens="[7, 7, 6] + [7] * (count - 3)", dtypes=("float32", "int8"))
     status, out, rows = run()
