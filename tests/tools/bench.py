@@ -236,6 +236,8 @@ def measure_model(root: Path, scratch: Path, model: str, names: list[str], args)
     folder = NANO
     if model != "gpt2-nano":
         write_random(folder := scratch / f"{model}-random", model)
+        for name in "vocab.json", "merges.txt":  # to calibrate int4-awq on some tokens
+            shutil.copy(NANO / name, folder)
     engines, rows = find_engines(root, scratch, model, folder, names)
     requests, expected = prompts(folder), {}
     for width in dict.fromkeys(engine.width for engine in engines):

@@ -66,7 +66,10 @@ def cells(row: dict, all_rows: list[dict]) -> list[str]:
     ]
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]], results: list[dict] | None = None) -> str:
+    """Without a column of perplexities where the results have none."""
+    if results and not any("perplexity" in row for row in results):
+        head, rows = head[:-1], [row[:-1] for row in rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows]).replace("|  |", "| |")
 
 
@@ -75,14 +78,14 @@ def engines_table(rows: list[dict], model: str, width: str) -> str:
     chosen = [row for row in rows if (row["model"], row.get("width")) == (model, width)]
     chosen.sort(key=lambda row: -row["decode"]["tokens_per_s"] if "decode" in row else 0)
     lines = [[f"**{title(row)}**" if row["ours"] else title(row), *cells(row, rows)] for row in chosen]
-    return markdown(["", *COLUMNS], lines)
+    return markdown(["", *COLUMNS], lines, rows)
 
 
 def project_table(rows: list[dict], name: str) -> str:
     """One project's rows."""
     chosen = [row for row in rows if row["name"] == name and "dtype" in row]
     lines = [[TITLES[row["model"]], row["dtype"], *cells(row, rows)] for row in chosen]
-    return markdown(["", "dtype", *COLUMNS], lines)
+    return markdown(["", "dtype", *COLUMNS], lines, rows)
 
 
 def summary_table(rows: list[dict]) -> str:

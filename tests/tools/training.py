@@ -214,6 +214,8 @@ COLUMNS = ["model", "width", "engine", "ms/iteration", "tokens/s", "vs the best 
 
 def table(rows: list[dict]) -> str:
     """Markdown: of each model and width the fastest first; what failed, last."""
+    if not rows:
+        return ""
     models, widths = [*MODELS], [*WIDTHS]
 
     def place(row):
