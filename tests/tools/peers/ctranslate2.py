@@ -5,6 +5,7 @@ from pathlib import Path
 import ctranslate2
 import numpy as np
 
+from tests.tools import machine
 from tests.tools.peers import gpt2
 
 # on a CPU it has no bfloat16 and no float16
@@ -55,7 +56,7 @@ def convert(folder: Path, to: Path) -> None:
 class Engine:
     def __init__(self, folder: Path, dtype: str):
         self.config, self.dtype = gpt2.read_config(folder), dtype
-        threads = {"intra_threads": gpt2.cores(), "inter_threads": 1}
+        threads = {"intra_threads": machine.cores(), "inter_threads": 1}
         self.generator = ctranslate2.Generator(str(folder / dtype), compute_type=dtype, **threads)
 
 

@@ -1,7 +1,6 @@
 """A GPT-2 in Hugging Face's format as every peer reads it, and the loops that peers with logits share."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +73,6 @@ def pack(codes: np.ndarray) -> np.ndarray:
 def keep_config(folder: Path, to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "config.json", to / "config.json")
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def greedy(engine, ids: list[int], count: int) -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
+from tests.tools import machine
 from tests.tools.peers import gpt2
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "int8": "int8", "int4": "int4"}
@@ -70,7 +71,7 @@ def convert(folder: Path, to: Path) -> None:
     write(gpt2.read_weights(folder), gpt2.read_config(folder), source)
     for dtype, kind in TYPES.items():
         params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.nthread = kind, gpt2.cores()
+        params.ftype, params.nthread = kind, machine.cores()
         if llama_cpp.llama_model_quantize(bytes(source), bytes(to / f"{dtype}.gguf"), params):
             raise RuntimeError(f"llama.cpp cannot quantize {source} to {dtype}")
 
@@ -82,7 +83,7 @@ class Engine:
         self.model = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = self.config.block_size
-        params.n_threads = params.n_threads_batch = gpt2.cores()
+        params.n_threads = params.n_threads_batch = machine.cores()
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:

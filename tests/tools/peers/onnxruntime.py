@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from tests.tools import machine
 from tests.tools.peers import gpt2
 
 DTYPES = {"float32": "float32", "int8": "int8", "int4": "int4"}
@@ -119,7 +120,7 @@ def convert(folder: Path, to: Path) -> None:
 class Engine:
     def __init__(self, folder: Path, dtype: str):
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = gpt2.cores(), 3
+        options.intra_op_num_threads, options.log_severity_level = machine.cores(), 3
         model = str(folder / dtype / "model.onnx")
         self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.config, self.dtype = gpt2.read_config(folder), dtype

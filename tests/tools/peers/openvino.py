@@ -12,6 +12,7 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino.op.util import Variable, VariableInfo
 
+from tests.tools import machine
 from tests.tools.peers import gpt2
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int4"}
@@ -127,7 +128,7 @@ class Engine:
         saved = "float32" if dtype == "bfloat16" else dtype
         precision = "bf16" if dtype == "bfloat16" else "f32"
         settings = {
-            "INFERENCE_NUM_THREADS": gpt2.cores(),
+            "INFERENCE_NUM_THREADS": machine.cores(),
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
             "CACHE_DIR": Path(os.environ.get("XDG_CACHE_HOME", folder)) / "openvino" / dtype,

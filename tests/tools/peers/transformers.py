@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch._inductor.cpp_builder import get_cpp_compiler
 
+from tests.tools import machine
 from tests.tools.peers import gpt2
 
 DTYPES = {  # float16 is left out: PyTorch computes it on a CPU at a few tokens a second
@@ -52,7 +53,7 @@ class Engine:
 def load(folder: Path, dtype: str) -> Engine:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(gpt2.cores())
+    torch.set_num_threads(machine.cores())
     if dtype.startswith("compiled"):
         get_cpp_compiler()  # fails in one line without one
     return Engine(folder, dtype)
