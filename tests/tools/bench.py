@@ -51,6 +51,10 @@ class Engine:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"decode": [], "prefill": []})
     row: dict = field(default_factory=dict)
 
+    @property
+    def ours(self) -> bool:
+        return self.name not in PEERS
+
     def fail(self, error: Exception) -> None:
         self.row["error"] = str(error)
         print(f"  {self.name} {self.dtype}: {error}", flush=True)
@@ -185,7 +189,7 @@ def finish(engines: list[Engine], model: str, requests: dict, bandwidth: float) 
     good = [engine for engine in engines if "error" not in engine.row]
     for work, request in requests.items():
         count = request["new_tokens"] if work == "decode" else len(request["prompt"])
-        peers = [engine for engine in good if engine.name in PEERS]
+        peers = [engine for engine in good if not engine.ours]
         peer = min(peers, key=lambda engine: statistics.median(engine.seconds[work]), default=None)
         for engine in good:
             took, ratio = engine.seconds[work], None
@@ -197,12 +201,9 @@ def finish(engines: list[Engine], model: str, requests: dict, bandwidth: float) 
     for engine in good:
         rate = engine.row["decode"]["tokens_per_s"]
         engine.row["of_bandwidth"] = round(engine.row["step_bytes"] * rate / bandwidth, 3)
-    return [about(engine, model) | engine.row for engine in engines]
-
-
-def about(engine: Engine, model: str) -> dict:
-    ours = engine.name not in PEERS
-    return {"model": model, "name": engine.name, "dtype": engine.dtype, "width": engine.width, "ours": ours}
+    return [
+        {"model": model, "name": e.name, "dtype": e.dtype, "width": e.width, "ours": e.ours} | e.row for e in engines
+    ]
 
 
 # -- perplexity
@@ -247,7 +248,7 @@ def measure_model(root: Path, scratch: Path, model: str, names: list[str], args)
         if model == "gpt2-nano":
             windows = held_out()[::3]
             for engine in group:
-                if "error" not in engine.row and (engine.name not in PEERS or width not in EXACT):
+                if "error" not in engine.row and (engine.ours or width not in EXACT):
                     perplexity(engine, root, windows)
         group_rows = finish(group, model, requests, args.bandwidth)
         for row in group_rows:
