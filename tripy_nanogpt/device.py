@@ -1,5 +1,6 @@
 """The device: TensorRT on an NVIDIA GPU, or the CPU if nvtripy has no TensorRT."""
 
+import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
@@ -52,7 +53,8 @@ def describe_gpu(name, fast):
 
 
 def gpu_name():
-    command = ["nvidia-smi", "--id=0", "--query-gpu=name", "--format=csv,noheader"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # TensorRT runs on the first of them
+    command = ["nvidia-smi", f"--id={visible}", "--query-gpu=name", "--format=csv,noheader"]
     try:
         return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -20,10 +20,12 @@ from tripy_nanogpt.device import DEVICES
 from tripy_nanogpt.engine import DTYPES, load
 from tripy_nanogpt.files import save_dump
 from tripy_nanogpt.model import count_params
-from tripy_nanogpt.quantization import Quantization
+from tripy_nanogpt.quantization import CALIBRATED, CNN, OFFLINE, Quantization, modelopt_quantize
+from tripy_nanogpt.weight_loader import read_model_hf
 
 # of --verify: differences of logits, relative to the largest; TensorRT's float32 is TF32
 LIMITS = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}
+FLOAT8_LIMIT = 1e-1  # of an activation 4 bits are kept: what float16 rounds away decides some of them
 
 
 def make_parser():
@@ -43,11 +45,8 @@ def make_parser():
     add("--seed", type=int, help="for the same text each time")
     add("--dtype", default="float16", choices=DTYPES, help="(default: %(default)s)")
     add("--quant-mode", help="int8-weight-only, int4-weight-only, int4-awq or float8 (also fp8)")
-    add(
-        "--calibration-data",
-        default="cnn_dailymail",
-        help="for int4-awq and float8: a .txt, a .jsonl or a folder (default: %(default)s or text from here)",
-    )
+    text = f"{CNN}, or {OFFLINE.name} without a network"
+    add("--calibration-data", help=f"for int4-awq and float8: a .txt, a .jsonl or a folder (default: {text})")
     add("--fast", action="store_true", help="on the CPU: multiply quantized weights in bfloat16")
     add("--device", default="auto", choices=DEVICES, help="(default: %(default)s)")
     add("--no-cache", action="store_true", help="recompute the whole text for each token")
@@ -68,8 +67,17 @@ def check(args):
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
+    check_quantization(args)
     if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
         raise ValueError(f"--dump must be a file in an existing folder, got {args.dump}")
+
+
+def check_quantization(args):
+    if args.fast and not args.quant_mode:
+        raise ValueError("--fast must be given with --quant-mode: it multiplies quantized weights")
+    if args.calibration_data and args.quant_mode not in (*CALIBRATED, "fp8"):
+        modes = " or ".join(CALIBRATED)
+        raise ValueError(f"--calibration-data must be given with --quant-mode {modes}, got {args.quant_mode}")
 
 
 def generate(args, engine, tokenizer, prompt):
@@ -99,25 +107,31 @@ def generate(args, engine, tokenizer, prompt):
         save_dump(args.dump, prompt, tokens, rows)
 
 
+def reference(args, mode, folder, prompt):
+    """The logits of transformers in float32 on the CPU, quantized by ModelOpt in a mode: [T, V]."""
+    import torch
+
+    model = read_model_hf(folder)
+    if mode:
+        modelopt_quantize(model, mode, args.calibration_data or CNN)
+    with torch.no_grad():
+        return model(torch.tensor([prompt])).logits[0].numpy()
+
+
 def verify(args, engine, folder, prompt):
     """Compares the logits of forward, and of prefill and decode, with transformers'; status 1 if they differ."""
-    import torch
-    from transformers import GPT2LMHeadModel  # imported here: it takes seconds
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with torch.no_grad():
-        exact = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)(torch.tensor([prompt])).logits[0].numpy()
+    mode = engine.config.quant_mode
+    exact, whose = reference(args, mode, folder, prompt), "ModelOpt" if mode else "the CPU"
     half = (len(prompt) + 1) // 2
     cached = [engine.prefill([prompt[:half]]), *(engine.decode([token]) for token in prompt[half:])]
     ours = {"forward": engine.forward([prompt])[0], "prefill, decode": np.concatenate(cached)}
-    limit, passed = LIMITS[args.dtype], True
+    limit, passed = FLOAT8_LIMIT if mode == "float8" else LIMITS[args.dtype], True
     for name, logits in ours.items():
         apart = abs(logits - exact[-len(logits) :]).max() / (abs(exact).max() or 1.0)
         good = apart <= limit  # NaN is not
         passed = passed and good
         verdict = "as expected" if good else "NOT as expected"
-        distance = f"{apart:.1e} of the CPU's float32, relative to the largest"
+        distance = f"{apart:.1e} of {whose}'s float32, relative to the largest"
         print(f"{name}: logits are within {distance}: {verdict} (up to {limit:g})")
     return int(not passed)
 
@@ -130,7 +144,7 @@ def main(argv=None):
         check(args)
         found = find_model(args.model)
         tokenizer = load_tokenizer(found.folder)
-        quantization = Quantization(args.quant_mode, args.calibration_data, args.fast)
+        quantization = Quantization(args.quant_mode, args.calibration_data or CNN, args.fast)
         engine = load(found.folder, args.dtype, args.device, quantization)
         prompt = encode_prompt(tokenizer, args.prompt, engine.config.vocab_size)
         if len(prompt) > engine.config.block_size:

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import nvtripy as tp
+from nvtripy.frontend.module.parameter import DefaultParameter  # tp.ones would be compiled and run for each tensor
 
 
 @dataclass
@@ -64,12 +65,12 @@ class Int4Linear(tp.Module):
     def __init__(self, in_features, out_features, config):
         super().__init__()
         self.dtype = config.dtype
-        self.weight = tp.ones((in_features, out_features), dtype=config.dtype)
-        self.weight_scale = tp.ones((in_features // int4_block(config), out_features), dtype=config.dtype)
-        self.bias = tp.ones((out_features,), dtype=config.dtype)
+        self.weight = DefaultParameter((in_features, out_features), config.dtype)
+        self.weight_scale = DefaultParameter((in_features // int4_block(config), out_features), config.dtype)
+        self.bias = DefaultParameter((out_features,), config.dtype)
         self.pre_quant_scale = None
         if config.quant_mode == "int4-awq":  # AWQ divides the weights by it before it quantizes them
-            self.pre_quant_scale = tp.ones((in_features,), dtype=config.dtype)
+            self.pre_quant_scale = DefaultParameter((in_features,), config.dtype)
 
     def forward(self, x):
         if self.pre_quant_scale is not None:
@@ -79,7 +80,7 @@ class Int4Linear(tp.Module):
 
 
 def int4_block(config):
-    """TensorRT has blocks of 128 and of 64; gpt2-xl's width, 1,600, is not a multiple of 128."""
+    """ModelOpt's block of 128 inputs; gpt2-xl's width, 1,600, is a multiple of 64 only."""
     for size in 128, 64:
         if config.n_embd % size == 0:
             return size

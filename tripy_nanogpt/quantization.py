@@ -6,6 +6,7 @@ ModelOpt keeps the weights in float and records the largest absolute values; wei
 import json
 import queue
 import threading
+import urllib.error
 import urllib.request
 import warnings
 from contextlib import redirect_stdout
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from shared.tokenizer import DEADLINE_S, load_tokenizer
+from shared.tokenizer import DEADLINE_S, find_model, load_tokenizer
+from tripy_nanogpt.files import HERE
 from tripy_nanogpt.model import GPTConfig, int4_block
 
 MODES = ("int8-weight-only", "int4-weight-only", "int4-awq", "float8")
@@ -24,9 +26,7 @@ MODES = ("int8-weight-only", "int4-weight-only", "int4-awq", "float8")
 CALIBRATED = {"int4-awq": (16, 8), "float8": (64, 4)}
 SAMPLE_TOKENS = 256
 CNN = "cnn_dailymail"
-ROOT = Path(__file__).resolve().parents[1]
-# replaces CNN / DailyMail without a network; gpt2-nano's perplexity is measured on other text
-REPOSITORY = ("LICENSE", "checkpoints/gpt2-nano/README.md")
+OFFLINE = HERE / "calibration.txt"  # replaces CNN / DailyMail without a network
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def calibration_loop(model_hf, mode, dataset_name=CNN):
     if mode not in CALIBRATED:
         return None
     samples, batch = CALIBRATED[mode]
-    tokenizer = load_tokenizer(model_hf.config.name_or_path)
+    name = model_hf.config.name_or_path.removeprefix("openai-community/")  # or the folder that it was read from
+    tokenizer = load_tokenizer(find_model(name).folder)
     return create_forward_loop(model_hf, dataset_name, tokenizer, model_hf.device, batch, samples)
 
 
@@ -87,7 +88,7 @@ def create_forward_loop(model, dataset_name, tokenizer, device, batch_size, num_
     """A function that runs a model on num_samples texts, on which ModelOpt observes the activations.
 
     dataset_name: cnn_dailymail, a .txt file, a .jsonl file with a "text" in each line, or a folder of .txt files. The
-    function's attribute `text` says what was read: without a network cnn_dailymail becomes the repository's own text.
+    function's attribute `text` says what was read: without a network OFFLINE replaces cnn_dailymail.
     """
     texts, source = calibration_texts(dataset_name, num_samples)
     length = min(SAMPLE_TOKENS, model.config.n_positions)
@@ -116,50 +117,52 @@ def create_forward_loop(model, dataset_name, tokenizer, device, batch_size, num_
 
 def calibration_texts(dataset_name, count):
     """(texts, what to call them)"""
-    if dataset_name == CNN:
-        try:
-            return articles(count), "CNN / DailyMail"
-        except OSError as error:
-            reason = f"{CNN} is not available: {' '.join(str(error).split())}"
-        texts = [(ROOT / name).read_text(encoding="utf-8") for name in REPOSITORY]
-        return texts, f"{' and '.join(REPOSITORY)} ({reason})"
+    if dataset_name == CNN and offline():
+        dataset_name = OFFLINE
     path = Path(dataset_name)
+    source = f"{OFFLINE.name} ({CNN} is not available)" if path == OFFLINE else str(path)
     try:
+        if dataset_name == CNN:
+            return articles(count), "CNN / DailyMail"
         if path.is_dir():
-            return [file.read_text(encoding="utf-8") for file in sorted(path.glob("*.txt"))], str(path)
+            return [file.read_text(encoding="utf-8") for file in sorted(path.glob("*.txt"))], source
         if path.suffix == ".txt":
-            return [path.read_text(encoding="utf-8")], str(path)
+            return [path.read_text(encoding="utf-8")], source
         if path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line)["text"] for line in lines if line.strip()], str(path)
+            return [json.loads(line)["text"] for line in lines if line.strip()], source
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--calibration-data {dataset_name!r} cannot be read: {error!r}") from None
     raise ValueError(f"--calibration-data must be {CNN}, a .txt, a .jsonl or a folder, got {dataset_name!r}")
 
 
 def articles(count):
-    """The first articles of CNN / DailyMail from the hub; without a network an OSError within seconds."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise OSError("HF_HUB_OFFLINE is set")
-    errors = queue.SimpleQueue()
-    threading.Thread(target=lambda: errors.put(connection_error(constants.ENDPOINT)), daemon=True).start()
-    try:
-        error = errors.get(timeout=DEADLINE_S)  # urllib's timeout does not cover the look-up of a host name
-    except queue.Empty:
-        error = f"no answer within {DEADLINE_S:g} s"
-    if error:
-        raise OSError(error)
+    """The first articles of CNN / DailyMail from the hub."""
     import datasets  # imported here: it takes seconds
 
     stream = datasets.load_dataset("abisee/cnn_dailymail", "3.0.0", split="train", streaming=True)
     return [row["article"] for row in stream.take(count)]
 
 
-def connection_error(url):
+def offline():
+    """Whether the hub does not answer within seconds."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    answers = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(reachable(constants.ENDPOINT)), daemon=True).start()
+    try:
+        return not answers.get(timeout=DEADLINE_S)  # urllib's timeout does not cover the look-up of a host name
+    except queue.Empty:
+        return True
+
+
+def reachable(url):
     try:
         urllib.request.urlopen(url, timeout=DEADLINE_S).close()
-    except OSError as error:
-        return str(getattr(error, "reason", error))
-    return ""
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 
 from tripy_nanogpt.files import fingerprint, known_hashes, write_file
 from tripy_nanogpt.model import int4_block
-from tripy_nanogpt.quantization import calibration_loop, run_modelopt
+from tripy_nanogpt.quantization import CALIBRATED, CNN, OFFLINE, calibration_loop, offline, run_modelopt
 from tripy_nanogpt.weight_loader import hashed_files, quantized_state, read_model_hf
 
 VOCABULARIES = "meta.json", "vocab.json", "merges.txt", "tokenizer.json"
@@ -22,8 +22,10 @@ def prepare(folder, config, dataset_name, cache):
     """
     if config.quant_mode.startswith("int4"):
         int4_block(config)  # a ValueError if no block size divides n_embd
-    key = cache_key(folder, config, dataset_name, cache)
-    path = Path(cache, f"{key}.safetensors")
+    key, path = weights_file(folder, config, dataset_name, cache)
+    if config.quant_mode in CALIBRATED and dataset_name == CNN and not path.exists() and offline():
+        dataset_name = str(OFFLINE)  # the key says so: with a network the next run calibrates on CNN / DailyMail
+        key, path = weights_file(folder, config, dataset_name, cache)
     if path.exists():
         with safe_open(path, "pt") as file:
             return key, partial(load_file, path), file.metadata()["calibrated_on"]
@@ -38,6 +40,11 @@ def prepare(folder, config, dataset_name, cache):
         return state
 
     return key, quantize, calibrated_on
+
+
+def weights_file(folder, config, dataset_name, cache):
+    key = cache_key(folder, config, dataset_name, cache)
+    return key, Path(cache, f"{key}.safetensors")
 
 
 def cache_key(folder, config, dataset_name, cache):

@@ -155,6 +155,14 @@ def test_verify_measures_all_three_functions(verify):
     assert verify() == (0, ["forward", "prefill, decode"])
 
 
+@pytest.mark.parametrize("mode", ["int8-weight-only", "int4-weight-only", "float8"])
+def test_verify_compares_quantized_logits_with_modelopts(main, wide, capsys, mode):
+    status = main([f"--model={wide}", "--verify", "--input-text=To be, or not", f"--quant-mode={mode}"])
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = [line.partition(" of ")[2] for line in lines[-2:]]
+    assert status == 0 and all("ModelOpt's float32, relative to the largest: as expected" in text for text in verdicts)
+
+
 @pytest.mark.parametrize(
     ("function", "passed"), [("forward", ["prefill, decode"]), ("prefill", ["forward"]), ("decode", ["forward"])]
 )
@@ -183,6 +191,12 @@ def test_verify_fails_for_each_function(verify, monkeypatch, function, passed, s
         (["--quant-mode=int2"], "--quant-mode must be int8-weight-only, int4-weight-only, int4-awq, float8 or fp8"),
         (["--quant-mode=float8", "--calibration-data=nowhere"], "--calibration-data must be cnn_dailymail, a .txt"),
         (["--quant-mode=float8", "--calibration-data=nowhere.txt"], "--calibration-data 'nowhere.txt' cannot be read"),
+        (["--fast"], "--fast must be given with --quant-mode"),
+        (
+            ["--calibration-data=x.txt"],
+            "--calibration-data must be given with --quant-mode int4-awq or float8, got None",
+        ),
+        (["--calibration-data=x.txt", "--quant-mode=int8-weight-only"], "int4-awq or float8, got int8-weight-only"),
         (["--device=gpu"], "--device must be auto or cpu without TensorRT, got gpu: pip install -r requirements.txt"),
         (["--device=tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--dump=nowhere/d.npz"], "--dump must be a file in an existing folder, got nowhere/d.npz"),

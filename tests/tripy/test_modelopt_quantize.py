@@ -5,6 +5,7 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from shared.tokenizer import find_model
 from tripy_nanogpt.quantization import MODES, calibration_loop, check_mode, modelopt_quantize
 
 BITS = {"int8-weight-only": 8, "int4-weight-only": 4, "int4-awq": 4, "float8": (4, 3)}
@@ -59,7 +60,7 @@ def test_a_mode_is_calibrated_on_as_many_samples_as_it_says(modelopt, mode, coun
     model = modelopt(mode)
     assert len(model.calibrated) == count
     loop = calibration_loop(model, mode)
-    source = f"{count} samples of up to 32 tokens from LICENSE and checkpoints/gpt2-nano/README.md"
+    source = f"{count} samples of up to 32 tokens from calibration.txt (cnn_dailymail is not available)"
     assert loop.text.startswith(source) if count else loop is None
 
 
@@ -67,3 +68,10 @@ def test_fp8_is_float8_and_others_are_refused():
     assert check_mode("fp8") == "float8" and all(check_mode(mode) == mode for mode in MODES)
     with pytest.raises(ValueError, match="--quant-mode must be int8-weight-only, .* or fp8, got 'int2'"):
         modelopt_quantize(None, "int2")
+
+
+@pytest.mark.parametrize("name", ["gpt2-nano", str(find_model("gpt2-nano").folder)])
+def test_calibration_finds_the_tokenizer_by_the_name_that_from_pretrained_was_given(name):
+    model = GPT2LMHeadModel(GPT2Config(n_positions=8, vocab_size=1408, n_layer=1, n_head=1, n_embd=64))
+    model.config.name_or_path = name
+    assert "16 samples of up to 8 tokens" in calibration_loop(model, "int4-awq").text

@@ -31,7 +31,7 @@ def run(main, wide, capsys):
 def test_the_first_line_names_the_mode_and_the_second_what_calibrated_it(run, wide):
     first, second, *_ = run("--quant-mode=fp8", "--input-text=ROMEO:")
     assert first.startswith(f"{wide} (0.6M parameters, float16, float8) on cpu: nvtripy")
-    assert second.startswith("float8 calibrated on ") and "LICENSE and checkpoints/gpt2-nano/README.md" in second
+    assert second.startswith("float8 calibrated on ") and "from calibration.txt (cnn_dailymail is not" in second
 
 
 def test_the_first_line_says_what_is_multiplied_in_bfloat16(run):

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tripy_nanogpt import quantized_weights
+from tripy_nanogpt import quantization, quantized_weights
 from tripy_nanogpt.engine import load
 from tripy_nanogpt.model import GPT, GPTConfig
 from tripy_nanogpt.quantization import Quantization, modelopt_quantize
 from tripy_nanogpt.weight_loader import (
+    fill,
     hashed_files,
     load_weights_from_hf,
     quantized_state,
@@ -125,9 +126,30 @@ def test_whatever_changes_quantized_weights_changes_their_key(copy, tmp_path):
 
 def test_weights_are_quantized_once_for_every_dtype(wide, tmp_path, monkeypatch):
     first = load(wide, "float32", "auto", Quantization("int4-awq"), tmp_path)
-    assert "tokens from LICENSE" in first.calibrated_on
+    assert "from calibration.txt" in first.calibrated_on
     first.load_model()
     monkeypatch.setattr(quantized_weights, "run_modelopt", None)
+    monkeypatch.setattr(quantized_weights, "read_model_hf", None)
     again = load(wide, "float16", "auto", Quantization("int4-awq"), tmp_path)
     again.load_model()
     assert again.calibrated_on == first.calibrated_on and again.folder != first.folder
+
+
+def test_weights_that_were_calibrated_offline_are_calibrated_again_with_a_network(wide, tmp_path, monkeypatch):
+    """An offline run's weights were those of every later run."""
+    offline = load(wide, "float32", "auto", Quantization("int4-awq"), tmp_path)
+    offline.load_model()
+    monkeypatch.setattr(quantized_weights, "offline", lambda: False)
+    monkeypatch.setattr(quantization, "offline", lambda: False)
+    monkeypatch.setattr(quantization, "articles", lambda count: count * ["another text " * 40])
+    online = load(wide, "float32", "auto", Quantization("int4-awq"), tmp_path)
+    assert "CNN / DailyMail" in online.calibrated_on and online.folder != offline.folder
+
+
+def test_filling_an_int4_model_compiles_nothing(wide, modelopt, monkeypatch):
+    """A placeholder made by tp.ones is an engine build for each tensor."""
+    config = read_config(wide)
+    config.quant_mode = "int4-weight-only"
+    state = quantized_state(modelopt("int4-weight-only"), "int4-weight-only")
+    monkeypatch.setattr(tp.Tensor, "eval", None)
+    fill(GPT(config), state, tp.float16)
