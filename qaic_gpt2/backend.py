@@ -33,12 +33,14 @@ def card_errors(device):
         raise CardError(f"QEfficient: {' '.join(str(error).split())}") from error
 
 
-def missing():
-    """What a run on a card lacks, and how to install it; None if a card is ready."""
+def missing(compile_only: bool = False) -> str | None:
+    """What a run on a card lacks, and how to install it; None if a card is ready. compile_only needs no card."""
     if find_spec("QEfficient") is None:
         return "QEfficient is not installed: pip install -r requirements.txt"
     if not (SDK / "exec/qaic-compile").is_file():
         return f"{SDK}/exec/qaic-compile is missing: install the Cloud AI Apps SDK, {SDK_PAGE}"
+    if compile_only:
+        return None
     library = SDK / "dev/lib" / platform.machine()
     if find_spec("qaicrt") is None and not any(library.glob("qaicrt*")):
         return f"{library} has no qaicrt: install the Cloud AI Platform SDK, {SDK_PAGE}"
@@ -51,13 +53,16 @@ def missing():
     return None
 
 
-def choose_device(name="auto"):
-    """(cpu or qaic, why). A card that is requested by name and missing is an error, never a run on the CPU."""
+def choose_device(name: str = "auto", compile_only: bool = False) -> tuple[str, str]:
+    """(cpu or qaic, why). A card that is requested by name and missing is an error, never a run on the CPU.
+
+    compile_only: qaic is also a host with the compiler and without a card.
+    """
     if name not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cpu":
         return "cpu", "as requested"
-    lack = missing()
+    lack = missing(compile_only)
     if name == "qaic" and lack:
         raise ValueError(f"--device must be auto or cpu here, got qaic: {lack}")
     return ("cpu", "no Cloud AI 100 found") if lack else ("qaic", "a card is ready")
@@ -77,11 +82,11 @@ def describe(device, why):
     return f"cpu: {ENGINE}, {why}"
 
 
-def card_logits(qpc_path, rows):
+def card_logits(qpc_path: Path, rows: list[list[int]], device_ids: list[int] | None = None) -> np.ndarray:
     """The logits after each row of ids from a card, through the session that QEfficient's generate uses."""
     from QEfficient.generation.cloud_infer import QAICInferenceSession
 
-    session = QAICInferenceSession(qpc_path)
+    session = QAICInferenceSession(qpc_path, device_ids)
     session.skip_buffers([name for name in session.input_names + session.output_names if name.startswith("past_")])
     place = session.binding_index_map
     shapes = [{name: shape[place[name]][1] for name in ("input_ids", "logits")} for shape in session.allowed_shapes]

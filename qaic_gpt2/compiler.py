@@ -3,29 +3,38 @@
 qpc-0123456789abcdef/
     specializations.json   the two shapes of the graph, prefill and decode
     custom_io.yaml         the cache's type on the card
-    program.onnx           the graph in onnxruntime's fused operators, with the export's model.onnx.data for its weights
-    model.onnx.data        in int8 and int4 only: its own weights, a quarter or less of the export's
     compile.json           its settings, and the SHA-256 of everything that runs
+    qpc/program.onnx       the graph in onnxruntime's fused operators, with the export's model.onnx.data for its weights
+    qpc/model.onnx.data    in int8 and int4 only: its own weights, a quarter or less of the export's
 """
 
 import json
 import os
+from pathlib import Path
 
 import onnx
 import onnxruntime
 
 from qaic_gpt2 import fusion
 from qaic_gpt2.exporter import location
-from qaic_gpt2.files import CUSTOM_IO, PROGRAM, SIDECAR, SPECIALIZATIONS, retained, sha256
+from qaic_gpt2.files import CUSTOM_IO, PROGRAM, QPC, SIDECAR, SPECIALIZATIONS, retained, sha256
+
+INVALID = 2**31 - 1  # QEfficient's index of a slot without a token, which a card's compiler skips
 
 
-def specializations(batch_size, prefill_seq_len, ctx_len):
-    """In the form that qaic-compile's -network-specialization-config documents: every value a string."""
-    shapes = {"Prefill": prefill_seq_len}
+def specializations(batch_size: int, prefill_seq_len: int, ctx_len: int, full_batch_size: int | None = None) -> dict:
+    """In the form that qaic-compile's -network-specialization-config documents: every value a string.
+
+    With continuous batching prefill reads the prompt of one row of full_batch_size.
+    """
+    shapes = {"Prefill": (prefill_seq_len, 1 if full_batch_size else batch_size)}
     if prefill_seq_len != 1:  # otherwise both are the same program
-        shapes["Decode"] = 1
-    sizes = {"batch_size": str(batch_size), "ctx_len": str(ctx_len)}
-    entries = [{"name": name, "symbols": sizes | {"seq_len": str(length)}} for name, length in shapes.items()]
+        shapes["Decode"] = 1, full_batch_size or batch_size
+    entries = []
+    for name, (seq_len, rows) in shapes.items():
+        sizes = {"batch_size": rows, "ctx_len": ctx_len, "seq_len": seq_len}
+        sizes |= {"full_batch_size": full_batch_size} if full_batch_size else {}
+        entries.append({"name": name, "symbols": {key: str(value) for key, value in sizes.items()}})
     return {"specializations": entries}
 
 
@@ -47,32 +56,47 @@ def cache_inputs(graph):
     return names
 
 
-def compile(exported, folder, record):
+def compile(exported: Path, folder: Path, record: dict) -> None:
     """Writes the artifact into folder. record: its settings, for SIDECAR."""
     names = cache_inputs(onnx.load(exported, load_external_data=False).graph)
     mxint8 = record["for_the_card"]["mxint8_kv_cache"]
-    program = optimize(exported, folder)
-    fused = fusion.fuse(program, names, exported.parent, folder, record["bits"])
+    qpc = folder / QPC
+    qpc.mkdir()
+    program = optimize(exported, qpc)
+    fused = fusion.fuse(program, names, exported.parent, qpc, record["bits"])
     if not fused:
         check_in_place(program.graph, names)
-    onnx.save(program, folder / PROGRAM)
+    onnx.save(program, qpc / PROGRAM)
     shapes = json.dumps(specializations(**record["sizes"]), indent=4)
     (folder / SPECIALIZATIONS).write_text(shapes, encoding="utf-8")
     (folder / CUSTOM_IO).write_text(custom_io(names, "mxint8" if mxint8 else "float16"), encoding="utf-8")
-    weights = folder if record["bits"] else exported.parent
-    files = {*folder.iterdir()} | {weights / name for name in map(location, program.graph.initializer) if name}
+    weights = qpc if record["bits"] else exported.parent
+    files = {*folder.iterdir(), *qpc.iterdir()} - {qpc}
+    files |= {weights / name for name in map(location, program.graph.initializer) if name}
     hashes = {os.path.relpath(path, folder): sha256(path) for path in sorted(files)}
     record = record | {"weights": os.path.relpath(weights, folder), "casts_float16": casts_float16(program.graph)}
     (folder / SIDECAR).write_text(json.dumps(record | {"sha256": hashes}, indent=4) + "\n", encoding="utf-8")
 
 
-def optimize(onnx_path, folder):
-    """The graph as onnxruntime optimizes it, without reading its weights: meanwhile they are inputs."""
+def load_graph(onnx_path: Path) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
+    """(the model without its weights, and without QEfficient's invalid indices; its weights)"""
     model = onnx.load(onnx_path, load_external_data=False)
     weights = [tensor for tensor in model.graph.initializer if location(tensor)]
     small = [tensor for tensor in model.graph.initializer if not location(tensor)]
     model.graph.ClearField("initializer")
     model.graph.initializer.extend(small)
+    constants = [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
+    for tensor in [*constants, *model.graph.initializer]:
+        integer = tensor.data_type in (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+        if integer and not tensor.dims and onnx.numpy_helper.to_array(tensor) == INVALID:
+            # onnxruntime refuses the index; slot 0 holds finite numbers, and its weight is 0
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, tensor.data_type, [], [0]))
+    return model, weights
+
+
+def optimize(onnx_path: Path, folder: Path) -> onnx.ModelProto:
+    """The graph as onnxruntime optimizes it, without reading its weights: meanwhile they are inputs."""
+    model, weights = load_graph(onnx_path)
     values = [onnx.helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in weights]
     model.graph.input.extend(values)
     options = onnxruntime.SessionOptions()

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
-from qaic_gpt2 import auto_model, backend, quantizer
+from qaic_gpt2 import auto_model, backend, card, quantizer
 from qaic_gpt2.files import ArtifactError, save_dump
 from qaic_gpt2.generation import check_context
 from qaic_gpt2.weight_loader import count_params, read_config
@@ -46,10 +46,12 @@ def make_parser():
     add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
     add("--verify", action="store_true", help="compare logits with float32 on the CPU; status 1 if they differ")
-    add("--num-cores", type=int, default=16, help="of the card (default: %(default)s)")
     add("--prefill-seq-len", type=int, help="prompt tokens in one call (default: 128, on a card 32, or ctx-len)")
     add("--ctx-len", type=int, help="slots of the KV cache (default: 128, or more if the text needs them)")
-    add("--mxfp6-matmul", action="store_true", help="weights in MXFP6, on a card")
+    add("--full-batch-size", type=int, help="continuous batching: so many texts at a time (default: one batch)")
+    add("--draft-tokens", type=int, default=0, help="prompt-lookup decoding, on a CPU: tokens of a draft (default: 0)")
+    add("--compile-only", action="store_true", help="on a host with the Apps SDK it needs no card")
+    card.add_flags(parser)
     return parser
 
 
@@ -58,38 +60,41 @@ def dashed(argv):
     return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 
-def check(args, device):
+def check(args: argparse.Namespace, device: str) -> None:
     if [] in (*vars(args).values(), *args.prompt):  # what argparse makes of --flag=-- before Python 3.13
         raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    for name in ("max_new_tokens", "num_cores", "prefill_seq_len", "ctx_len"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    counts = ("max_new_tokens", "prefill_seq_len", "ctx_len", "full_batch_size", "num_cores", "num_devices")
+    for name, least in {**dict.fromkeys(counts, 1), "draft_tokens": 0}.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    if args.verify and args.full_batch_size:
+        raise ValueError(f"--full-batch-size must not be set with --verify, got {args.full_batch_size}")
+    if args.draft_tokens and (len(args.prompt) > 1 or args.full_batch_size or args.dtype != "float32"):
+        raise ValueError(f"--draft-tokens must be 0 but for a single text in float32, got {args.draft_tokens}")
     if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
         raise ValueError(f"--dump must be a file in an existing folder, got {args.dump}")
-    if device == "qaic":
-        for flag, value in {"dump": args.dump, "temperature": args.temperature, "ignore-eos": args.ignore_eos}.items():
-            if value:
-                raise ValueError(f"--{flag} must not be set on a card: QEfficient is greedy, and returns no logits")
-        if args.dtype in BITS:
-            raise ValueError(f"--dtype must be float32 or float16 on a card, got {args.dtype}: try --mxfp6-matmul")
+    card.check(args, device)
+    if device == "qaic" and args.dtype in BITS:
+        raise ValueError(f"--dtype must be float32 or float16 on a card, got {args.dtype}: try --mxfp6-matmul")
 
 
 def compile_settings(args, config, rows, device):
     """compile's keywords. The context holds the text, and QEfficient's 128 tokens if the model has the positions."""
     wanted = max(map(len, rows)) + (args.max_new_tokens or 1)
     ctx_len = args.ctx_len or min(max(128, wanted), config.block_size)
-    sizes = {"batch_size": len(rows), "ctx_len": ctx_len}
+    sizes = {"batch_size": 1 if args.full_batch_size else len(rows), "ctx_len": ctx_len}
+    sizes |= {"full_batch_size": args.full_batch_size} if args.full_batch_size else {}
     sizes["prefill_seq_len"] = args.prefill_seq_len or min(32 if device == "qaic" else 128, ctx_len)
     auto_model.check_sizes(config, **sizes)
     check_context(rows, ctx_len)
     if args.dtype in BITS:
         quantizer.check_blocks(config, BITS[args.dtype])
-    return sizes | {"num_cores": args.num_cores, "mxfp6_matmul": args.mxfp6_matmul}
+    return sizes | card.compile_keywords(args)
 
 
-def compile_model(device, folder, dtype, settings):
-    """The compiled model."""
+def compile_model(device: str, folder: Path, dtype: str, settings: dict, load: dict):
+    """The compiled model. load: more keywords of from_pretrained."""
     start = time.perf_counter()
     with backend.card_errors(device):
         weights = "float16" if dtype == "float16" else "float32"
@@ -97,54 +102,54 @@ def compile_model(device, folder, dtype, settings):
             import torch
 
             weights = getattr(torch, weights)
-        model = backend.choose(device).from_pretrained(str(folder), torch_dtype=weights)
-        model.export()
+        cls = card.qefficient() if device == "qaic" else auto_model.QEFFAutoModelForCausalLM
+        model = cls.from_pretrained(str(folder), torch_dtype=weights, **load)
+        onnx_path = model.export()
         exported = time.perf_counter()
-        model.compile(**settings, **({f"{dtype}_matmul": True} if dtype in BITS else {}))
+        # without onnx_path QEfficient would export again, to a folder of another name
+        model.compile(onnx_path, **settings, **({f"{dtype}_matmul": True} if dtype in BITS else {}))
     times = f"exported in {exported - start:.1f} s, compiled in {time.perf_counter() - exported:.1f} s"
     print(f"{times}: {model.qpc_path}")
-    if device == "cpu":
-        print(f"engine: {model.session.describe()}")
     return model
 
 
-def verify(dtype, device, model, exact, rows):
+def verify(args: argparse.Namespace, device: str, model, exact, rows: list[list[int]]) -> int:
     """The difference of the logits from float32 on the CPU, relative to the largest; status 1 if it is too large."""
-    expected = exact.session.prefill(rows)
+    expected, on_card = exact.session.prefill(rows), device == "qaic"
     with backend.card_errors(device):
-        logits = model.session.prefill(rows) if device == "cpu" else backend.card_logits(model.qpc_path, rows)
+        cards = args.device_group
+        logits = backend.card_logits(model.qpc_path, rows, cards) if on_card else model.session.prefill(rows)
     apart = np.abs(logits - expected).max() / np.abs(expected).max()
-    limit = LIMITS[dtype if device == "cpu" else "float16"]
+    limit = LIMITS["float16" if on_card else args.dtype]
     verdict = "as expected" if apart <= limit else "NOT as expected"
     print(f"logits are within {apart:.1e} of the CPU's float32, relative to the largest: {verdict} (up to {limit:g})")
     return int(not apart <= limit)  # NaN is not
 
 
-def cpu_keywords(args, tokenizer):
+def cpu_keywords(args: argparse.Namespace, tokenizer) -> dict:
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     keywords = {"tokenizer": tokenizer, "prompts": args.prompt, "generation_len": args.max_new_tokens}
-    return keywords | {"sampler": sampler, "ignore_eos": args.ignore_eos, "return_logits": bool(args.dump)}
+    keywords |= {"sampler": sampler, "ignore_eos": args.ignore_eos, "return_logits": bool(args.dump)}
+    return keywords | {"draft_tokens": args.draft_tokens}
 
 
-def card_keywords(args, folder, room):
-    """QEfficient's generate needs Hugging Face's tokenizer and a text, and would run past the end of the context."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [prompt or tokenizer.eos_token for prompt in args.prompt]
-    return {"tokenizer": tokenizer, "prompts": prompts, "generation_len": min(args.max_new_tokens or room, room)}
-
-
-def generate(args, device, model, keywords, row):
-    """Prints the first text token by token, then the others; saves --dump."""
-    print(f"\n{args.prompt[0]}", end="", flush=True)
+def generate(args: argparse.Namespace, device: str, model, keywords: dict, row: list[int]) -> None:
+    """Prints each text once, on a CPU the first token by token; saves --dump."""
+    if device == "cpu":
+        print(f"\n{args.prompt[0]}", end="", flush=True)
     with backend.card_errors(device):
         info = model.generate(**keywords)
-    for prompt, text in list(zip(args.prompt, info.generated_texts[0], strict=True))[1:]:
-        print("-" * 15 + f"\n{prompt}{text}")
+    texts, ids = info.generated_texts, info.generated_ids
+    if not args.full_batch_size:
+        [texts], [ids] = texts, ids
+    elif device == "qaic":
+        return  # QEfficient has printed them
+    for number, (prompt, text) in enumerate(zip(args.prompt, texts, strict=False)):
+        if number or device == "qaic":
+            print("-" * 15 + f"\n{prompt}{text}")
     if args.dump:
         logits = info.logits[0]
-        save_dump(args.dump, row, info.generated_ids[0][0, : len(logits)], logits)
+        save_dump(args.dump, row, ids[0, : len(logits)], logits)
 
 
 def main(argv=None):
@@ -153,7 +158,7 @@ def main(argv=None):
     args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
     args.prompt = args.prompt or ["Hi there!!"]
     try:
-        device, why = backend.choose_device(args.device)
+        device, why = backend.choose_device(args.device, args.compile_only)
         check(args, device)
         found = find_model(args.model)
         config, tokenizer = read_config(found.folder), load_tokenizer(found.folder)
@@ -165,11 +170,19 @@ def main(argv=None):
         with backend.card_errors(device):
             where = backend.describe(device, why) + ("" if args.model else f"; {found.why}")
         print(f"{found.name} ({count_params(config) / 1e6:.1f}M parameters) on {where}", flush=True)
-        model = compile_model(device, found.folder, args.dtype, settings)
+        load = card.load_keywords(args, config)
+        model = compile_model(device, found.folder, args.dtype, settings, load)
+        if args.compile_only:
+            return None
+        if device == "cpu":
+            print(f"engine: {model.session.describe()}")
         if args.verify:
-            return verify(args.dtype, device, model, compile_model("cpu", found.folder, "float32", settings), rows)
-        room = max(settings["ctx_len"] - max(map(len, rows)), 1)
-        keywords = cpu_keywords(args, tokenizer) if device == "cpu" else card_keywords(args, found.folder, room)
+            return verify(args, device, model, compile_model("cpu", found.folder, "float32", settings, load), rows)
+        if device == "cpu":
+            keywords = cpu_keywords(args, tokenizer)
+        else:
+            room = max(settings["ctx_len"] - max(map(len, rows)), 1)
+            keywords = card.generate_keywords(args, found.folder, config, room)
         generate(args, device, model, keywords, rows[0])
     except (OSError, ArtifactError, backend.CardError) as error:
         parser.error(str(error))

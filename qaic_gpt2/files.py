@@ -15,11 +15,13 @@ import numpy as np
 EXPORT_FORMAT = 2
 GRAPH, WEIGHTS, EXPORT_SIDECAR = "model.onnx", "model.onnx.data", "export.json"
 # of an artifact, likewise
-FORMAT = 2
+FORMAT = 3
 PROGRAM, SIDECAR = "program.onnx", "compile.json"
+QPC = "qpc"  # the folder of what runs, in the artifact's folder; QEfficient's name
 SPECIALIZATIONS, CUSTOM_IO = "specializations.json", "custom_io.yaml"
 KNOWN_HASHES, MOST_KNOWN = "sha256.json", 64  # in home(): device and inode -> size, times, SHA-256
 LARGE = 2**20  # bytes: only the hash of a larger file is worth keeping
+KEPT, IDLE_S = 8, 24 * 3600  # exports, or artifacts of one, that stay in any case; unused for so long, others go
 TICK_NS = 10_000_000  # of a file system's clock, at most: a younger file could change and keep its times
 
 
@@ -101,3 +103,23 @@ def sha256(path):
             home().mkdir(parents=True, exist_ok=True)
             write_file(home() / KNOWN_HASHES, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return digest
+
+
+def prune(folder: Path, pattern: str) -> None:
+    """Removes folders that match pattern: those that are neither among the KEPT last used nor in use for IDLE_S.
+
+    touch() marks a use. Another process may be writing or mapping a young one.
+    """
+    last_used = {}
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # another process has removed it
+            last_used[path] = path.stat().st_mtime
+    for path in sorted(last_used, key=last_used.get, reverse=True)[KEPT:]:
+        if time.time() - last_used[path] > IDLE_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def touch(path: Path) -> None:
+    """Marks a folder as used now."""
+    with suppress(OSError):  # a folder that is read-only: nothing prunes it either
+        os.utime(path)

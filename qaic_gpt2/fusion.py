@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qaic_gpt2.exporter import add_external
 from qaic_gpt2.files import WEIGHTS, retained
 from qaic_gpt2.quantizer import HEAD, blocks, largest_block
-from qaic_gpt2.runtime import start
+from qaic_gpt2.runtime import FIRST_LOGITS, start
 
 MS = "com.microsoft"
 LENGTHS = "seqlens_k", "total_sequence_length"  # a row's filled slots after the call, less one; the most of all rows
@@ -220,6 +220,13 @@ class Builder:
         settings = {"gather_axis": 0, "quantize_axis": 1, "block_size": size, "bits": 8}
         self.add("GatherBlockQuantized", [data, node.input[1], names[1]], node.output, MS, **settings)
 
+    def last_tokens(self, x: str, width: int) -> str:
+        """x [B, T, width] -> its tokens from FIRST_LOGITS on [B * kept, width]"""
+        for name, value in {"no_end": [2**62], "axis_1": [1], "rows": [-1, width]}.items():
+            self.tensors[name] = numpy_helper.from_array(np.array(value), name)
+        kept = self.add("Slice", [x, FIRST_LOGITS, "no_end", "axis_1"], [f"{x}.kept"])
+        return self.add("Reshape", [kept, "rows"], [f"{x}.rows"])
+
     def head(self, x, gemm):
         """x [B, C] -> logits [B, V]"""
         table, out = gemm.input[1], gemm.output[0]
@@ -288,12 +295,12 @@ def fuse(program, caches, source, folder, bits=None):
         x = first.input[0]  # B, T, C
         for part, after in zip(layers, [*(part["norm_1"] for part in layers[1:]), norm], strict=True):
             normed, x = build.layer(x, normed, part, after)
-        build.tensors["last"] = numpy_helper.from_array(np.array(-1), "last")
-        build.head(build.add("Gather", [normed, "last"], [f"{normed}.last"], axis=1), head)
+        build.head(build.last_tokens(normed, graph.tensors[head.input[1]].dims[1]), head)
         build.copy(graph.needed(["logits"], head.output))
     for field, content in ("node", build.nodes), ("initializer", build.tensors.values()), ("value_info", []):
         program.graph.ClearField(field)
         getattr(program.graph, field).extend(content)
     for name, dims in zip(LENGTHS, (["batch_size"], [1]), strict=True):
         program.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, dims))
+    program.graph.input.append(helper.make_tensor_value_info(FIRST_LOGITS, TensorProto.INT64, [1]))
     return True

@@ -1,5 +1,6 @@
 """The path of a card, with a stand-in for QEfficient that enforces the signatures of 1.23 (commit ebf55e8159c8)."""
 
+import json
 import os
 import re
 import subprocess
@@ -17,55 +18,66 @@ from qaic_gpt2 import auto_model, backend, example
 LISTED = "QID 0\n\tStatus:Ready\n"
 
 
+# what QEfficient's methods take: qefficient/recipe.py reads it from its source
+SIGNATURES = json.loads((Path(__file__).parent / "qefficient/signatures.json").read_text(encoding="utf-8"))
+HF_KEYWORDS = {"torch_dtype", "dtype"}  # transformers' from_pretrained takes these
+
+
 class Model:
-    """QEfficient.QEFFAutoModelForCausalLM with its signatures and its demands; it compiles nothing."""
+    """QEfficient.QEFFAutoModelForCausalLM with its signatures, its demands and its output; it compiles nothing."""
 
     calls = []
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, continuous_batching=False, qaic_config=None, **kwargs):
+    def log(cls, method, keywords):
+        more = HF_KEYWORDS if method == "from_pretrained" else set()
+        assert {*keywords} <= {*SIGNATURES[method]} | more, method
+        cls.calls.append((method, keywords))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **keywords):
         assert isinstance(pretrained_model_name_or_path, str)
-        assert set(kwargs) <= {"torch_dtype"} and all(isinstance(value, torch.dtype) for value in kwargs.values())
+        assert isinstance(keywords["torch_dtype"], torch.dtype)
+        cls.log("from_pretrained", keywords)
         model = cls()
         model.folder, model.onnx_path, model.qpc_path = pretrained_model_name_or_path, None, None
-        cls.calls.append(("from_pretrained", kwargs))
+        model.continuous = keywords.get("continuous_batching", False)
+        model.sampler = (keywords.get("qaic_config") or {}).get("include_sampler", False)
         return model
 
-    def export(self, export_dir=None, **kwargs):
-        assert not kwargs
-        self.onnx_path = Path("model.onnx")
-        self.calls.append(("export", {}))
+    def export(self, export_dir=None, **keywords):
+        self.log("export", keywords)
+        self.onnx_path = Path("export-1/model.onnx")
         return self.onnx_path
 
-    def compile(
-        self,
-        onnx_path=None,
-        compile_dir=None,
-        *,
-        prefill_seq_len=32,
-        ctx_len=128,
-        batch_size=1,
-        num_devices=1,
-        num_cores=16,
-        mxfp6_matmul=False,
-        mxint8_kv_cache=False,
-    ):  # QEfficient turns any other keyword into a flag of its compiler, which has no int8-matmul
-        sizes = {"prefill_seq_len": prefill_seq_len, "ctx_len": ctx_len, "batch_size": batch_size}
-        assert all(type(size) is int for size in sizes.values())
-        self.calls.append(("compile", {**sizes, "num_cores": num_cores, "mxfp6_matmul": mxfp6_matmul}))
-        Session.compiled = self.folder, sizes
+    def compile(self, onnx_path=None, compile_dir=None, **keywords):
+        """QEfficient turns keywords that are not in its signature into flags of its compiler: none is misspelled."""
+        assert onnx_path == self.onnx_path  # QEfficient would export again: the name of the folder depends on settings
+        self.log("compile", keywords)
+        assert all(type(keywords[name]) is int for name in ("prefill_seq_len", "ctx_len", "batch_size"))
+        assert self.continuous == ("full_batch_size" in keywords)
+        self.batch_size = keywords["batch_size"]
+        Session.compiled = self.folder, keywords
         self.qpc_path = Path("qpc")
         return self.qpc_path
 
-    def generate(self, tokenizer, prompts, device_id=None, runtime_ai100=True, **kwargs):
+    def generate(self, tokenizer, prompts, device_id=None, runtime_ai100=True, **keywords):
         if not isinstance(self.qpc_path, Path):
             raise TypeError("Please run compile API first!")
-        assert set(kwargs) <= {"generation_len", "automation", "iteration", "write_io"}
+        self.log("generate", keywords | {"device_id": device_id})
         assert all(isinstance(prompt, str) and prompt for prompt in prompts)
+        assert self.sampler == keywords.get("include_sampler", False)
         tokenizer(prompts, return_tensors="np", padding=False)  # a tokenizer of Hugging Face's
-        self.calls.append(("generate", kwargs))
-        print(" a text", end="")
-        return types.SimpleNamespace(generated_texts=[[" a text"] * len(prompts)], generated_ids=[np.zeros((1, 9))])
+        texts, ids = [" a text"] * len(prompts), np.zeros((len(prompts), 9))
+        stream = keywords.get("stream", True) or self.continuous  # which does not pass stream on
+        if stream and not self.continuous:  # without the last token
+            print(f"\nPrompt : {prompts[0]}\nCompletion :{prompts[0]} a", end="")
+        for prompt, text in [*zip(prompts, texts, strict=True)][0 if self.continuous else 1 :] if stream else []:
+            print(f"\n{'-' * 20}\n\nPrompt :  {prompt}\nCompletion :  {text}")
+        print("\n=== Performance Stats ===")
+        if self.continuous:
+            return types.SimpleNamespace(batch_size=1, generated_texts=texts, generated_ids=ids)
+        return types.SimpleNamespace(batch_size=self.batch_size, generated_texts=[texts], generated_ids=[ids])
 
 
 class Session:
@@ -76,9 +88,11 @@ class Session:
 
     compiled = None
     off_by = 0  # positions: the fault of a wrong card
+    devices = []  # of each session
 
     def __init__(self, qpc_path, device_ids=None, activate=True, enable_debug_logs=False):
         folder, sizes = self.compiled
+        self.devices.append(device_ids)
         self.model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
         config, batch = self.model.config, sizes["batch_size"]
         self.read = np.full((batch, sizes["ctx_len"]), -1)  # ids
@@ -141,7 +155,7 @@ def sdk(tmp_path, monkeypatch):
         vars(module).update(content)
         module.__spec__ = types.SimpleNamespace(name=name)
         monkeypatch.setitem(sys.modules, name, module)
-    Model.calls = []
+    Model.calls, Session.devices = [], []
     monkeypatch.setattr(Session, "off_by", 0)
     return tmp_path
 
@@ -159,16 +173,69 @@ def test_qefficient_runs_if_a_card_is_ready(sdk, capsys):
     status, printed = run(capsys, "--prompt=Hi", "--prompt=", "--max-new-tokens=9", "--mxfp6-matmul")
     assert status == 0, printed.err
     assert printed.out.startswith("gpt2-nano (3.6M parameters) on qaic: QEfficient 1.23.0.dev0\n")
+    sizes = {"prefill_seq_len": 32, "ctx_len": 128, "batch_size": 2}
     assert Model.calls == [
         ("from_pretrained", {"torch_dtype": torch.float32}),
         ("export", {}),
-        (
-            "compile",
-            {"prefill_seq_len": 32, "ctx_len": 128, "batch_size": 2, "num_cores": 16, "mxfp6_matmul": True},
-        ),
-        ("generate", {"generation_len": 9}),
+        ("compile", {**sizes, "num_cores": 16, "num_devices": 1, "mxfp6_matmul": True}),
+        ("generate", {"generation_len": 9, "stream": False, "device_id": None}),
     ]
-    assert "\nHi a text" in printed.out and "-" * 15 + "\n a text" in printed.out
+    assert printed.out.count("Hi a text\n") == 1 and printed.out.count("<|endoftext|> a text\n") == 0
+    assert printed.out.count(" a text") == 2 and "Completion" not in printed.out
+
+
+def test_the_settings_of_cards_reach_qefficient(sdk, capsys):
+    flags = ["--device-group=[0,1]", "--mos=2", "--aic-enable-depth-first", "--mxint8-kv-cache"]
+    status, printed = run(capsys, *flags, "--aic-hw-version=ai200", "--verify")
+    assert status == 0, printed.err
+    compiled = dict(Model.calls)["compile"]
+    assert compiled.items() >= {"num_devices": 2, "mos": 2, "aic_enable_depth_first": True}.items()
+    assert compiled.items() >= {"mxint8_kv_cache": True, "aic_hw_version": "ai200"}.items()
+    assert Session.devices == [[0, 1]]
+    run(capsys, "--device-group=1", "--max-new-tokens=2")
+    assert Model.calls[-1][1]["device_id"] == [1]
+
+
+def test_continuous_batching_runs_on_the_card(sdk, capsys):
+    status, printed = run(capsys, "--prompt=A", "--prompt=B", "--prompt=C", "--full-batch-size=2", "--max-new-tokens=4")
+    assert status == 0, printed.err
+    calls = dict(Model.calls)
+    assert calls["from_pretrained"]["continuous_batching"] is True
+    assert (calls["compile"]["batch_size"], calls["compile"]["full_batch_size"]) == (1, 2)
+    assert [printed.out.count(f"Prompt :  {prompt}\n") for prompt in "ABC"] == [1, 1, 1]
+    assert printed.out.count(" a text") == 3  # QEfficient's own lines
+
+
+def test_the_card_samples(sdk, capsys):
+    """QEfficient's sampler takes a row of parameters for each text, and one random number for each candidate."""
+    flags = ["--include-sampler", "--temperature=0.8", "--top-k=20", "--top-p=0.9", "--prompt=A", "--prompt=B"]
+    for seed in 1, 1, 2:
+        status, printed = run(capsys, *flags, f"--seed={seed}")
+        assert status == 0, printed.err
+    config = dict(Model.calls)["from_pretrained"]["qaic_config"]
+    assert config == {"include_sampler": True, "max_top_k_ids": 512}
+    params = [keywords["sampling_params"] for method, keywords in Model.calls if method == "generate"]
+    values = {name: array[:, 0].tolist() for name, array in params[0].items() if name != "random_numbers"}
+    one = {"temperatures": 0.8, "top_ks": 20, "top_ps": 0.9, "min_ps": 0, "repetition_penalties": 1}
+    assert values == {name: pytest.approx([value, value]) for name, value in (one | {"presence_penalties": 0}).items()}
+    assert params[0]["top_ks"].dtype == np.int32 and params[0]["temperatures"].dtype == np.float32
+    random = [each["random_numbers"] for each in params]
+    assert random[0].shape == (2, 512) and ((random[0] >= 0) & (random[0] < 1)).all()
+    np.testing.assert_array_equal(random[0], random[1])
+    assert (random[0] != random[2]).any() and (random[0][0] != random[0][1]).any()
+
+
+def test_a_host_with_the_compiler_alone_compiles(sdk, capsys):
+    for name in (f"dev/lib/{backend.platform.machine()}/qaicrt.so", "tools/qaic-util"):
+        (sdk / name).unlink()
+    status, printed = run(capsys, "--compile-only", "--device=qaic")
+    assert status == 0, printed.err
+    assert [method for method, _ in Model.calls] == ["from_pretrained", "export", "compile"]
+    status, printed = run(capsys, "--device=qaic")
+    assert status == 2 and "has no qaicrt" in printed.err
+    (sdk / "exec/qaic-compile").unlink()
+    status, printed = run(capsys, "--compile-only", "--device=qaic")
+    assert status == 2 and "qaic-compile is missing" in printed.err
 
 
 def test_no_card_is_used_if_the_cpu_is_requested(sdk, capsys):
@@ -179,14 +246,18 @@ def test_no_card_is_used_if_the_cpu_is_requested(sdk, capsys):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--dump=d.npz", "--dump must not be set on a card: QEfficient is greedy, and returns no logits"),
-        ("--temperature=0.5", "--temperature must not be set on a card"),
+        ("--dump=d.npz", "--dump must not be set on a card: QEfficient's generate returns no logits"),
+        ("--temperature=0.5", "--temperature must not be set on a card without --include-sampler"),
         ("--ignore-eos", "--ignore-eos must not be set on a card"),
+        ("--draft-tokens=4", "--draft-tokens must not be set on a card: QEfficient drafts with a second model"),
+        ("--include-sampler --verify", "--include-sampler must not be set on a card with --verify"),
+        ("--include-sampler --top-k=513", "--top-k must be at most 512 on a card, got 513"),
+        ("--device-group=0,1 --num-devices=3", "--num-devices must be 2, the number of cards in --device-group, got 3"),
         ("--dtype=int8", "--dtype must be float32 or float16 on a card, got int8"),
     ],
 )
 def test_flags_that_qefficient_lacks_are_refused(sdk, capsys, flag, message):
-    status, printed = run(capsys, flag)
+    status, printed = run(capsys, *flag.split())
     assert status == 2 and message in printed.err and printed.err.count("\n") == 1 and Model.calls == []
 
 
@@ -198,7 +269,7 @@ def test_generation_ends_with_the_context_on_a_card_too(sdk, capsys):
 
 @pytest.mark.parametrize("name", ["compile", "generate"])
 def test_an_error_of_qefficient_is_one_line(sdk, monkeypatch, capsys, name):
-    def fails(self, **settings):
+    def fails(self, *args, **settings):
         raise RuntimeError("Compilation failed!\nCompiler exitcode: 1\nCompiler stderr:\nunsupported version")
 
     monkeypatch.setattr(Model, name, fails)

@@ -1,6 +1,11 @@
 """The four lines, example.py and the notebook on this CPU: what they print, save and refuse."""
 
+import ast
+import copy
+import functools
+import inspect
 import itertools
+import json
 import platform
 import re
 import shutil
@@ -9,15 +14,18 @@ import sys
 import types
 from pathlib import Path
 
+import hypothesis
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import strategies as st
 
-from qaic_gpt2 import example, fusion, generation, model
+from qaic_gpt2 import example, fusion, generation, keywords, model
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
+from qaic_gpt2.drafting import Drafting, look_up
 from shared.sampling import Sampler
 from shared.tokenizer import find_model, load_tokenizer
 
@@ -25,6 +33,7 @@ pytestmark = pytest.mark.engine
 
 PROJECT = Path(example.__file__).parent
 NANO = find_model("gpt2-nano").folder
+SIGNATURES = json.loads((Path(__file__).parent / "qefficient/signatures.json").read_text(encoding="utf-8"))
 NAME = {"pretrained_model_name_or_path": NANO}
 STATS = r"""
 =+ Performance Stats =+
@@ -115,14 +124,20 @@ def test_both_kinds_of_tokenizer_give_the_same(nano, compiled, tokenizer):
         ("compile", {"ctx_len": 16, "prefill_seq_len": 17}, "ctx_len must be from prefill_seq_len (17)"),
         ("compile", {"num_cores": 0}, "num_cores must be a whole number of 1 or more, got 0"),
         ("compile", {"batch_size": "2"}, "batch_size must be a whole number of 1 or more, got '2'"),
-        ("compile", {"full_batch_size": 4}, "full_batch_size must be None on a CPU, got 4"),
+        (
+            "compile",
+            {"full_batch_size": 4},
+            "full_batch_size must be None without continuous_batching=True, got 4",
+        ),
         ("compile", {"int8_matmul": True, "int4_matmul": True}, "int4_matmul must be False with int8_matmul, got True"),
         ("compile", {"onnx_path": "nowhere.onnx"}, "onnx_path must be a file, got nowhere.onnx"),
         ("generate", {"generation_len": 0}, "generation_len must be a whole number of 1 or more, got 0"),
-        ("generate", {"prompts": "a"}, "prompts must be a list of texts, got 'a'"),
-        ("generate", {"prompts": []}, "prompts must be a list of texts, got []"),
+        ("generate", {"prompts": []}, "prompts must be a text or a list of texts, got []"),
+        ("generate", {"prompts": None}, "prompts must be a text or a list of texts, got None"),
+        ("generate", {"prompts_txt_file_path": "nowhere"}, "prompts_txt_file_path must be a text file, got nowhere: "),
+        ("generate", {"iteration": 0}, "iteration must be a whole number of 1 or more, got 0"),
+        ("generate", {"draft_tokens": -1}, "draft_tokens must be a whole number of 0 or more, got -1"),
         ("generate", {"prompts": ["Z" * 129]}, "prompt must have at most ctx_len (128) tokens, got 129"),
-        ("from_pretrained", {"continuous_batching": True}, "continuous_batching must be None or False on a CPU"),
         ("from_pretrained", {"dtype": "int8"}, "dtype must be float32 or float16, got 'int8'"),
     ],
 )
@@ -153,9 +168,13 @@ def test_statistics_have_qefficients_words_and_the_rates_of_the_whole_batch():
 
 
 class Clock:
-    """A session and a tokenizer: tokenizing takes 1 s, prefill 4 s, decode 2 s, and nothing else takes any time."""
+    """A session of two rows and a tokenizer: tokenizing and reading a prompt take 1 s and 2 s, a step of decode 2 s."""
 
-    eot, ctx_len, vocab_size, now = 1, 32, 5, 0
+    eot, ctx_len, vocab_size, batch_size, now = 1, 32, 5, 2, 0
+    tokens_per_call = None
+
+    def __init__(self, continuous=False):
+        self.continuous, self.positions = continuous, np.zeros(2, int)
 
     def perf_counter(self):
         return self.now
@@ -164,9 +183,9 @@ class Clock:
         self.now += 1
         return [0] * len(text)
 
-    def prefill(self, rows):
-        self.now += 4
-        return np.zeros((2, 5))
+    def read(self, row, ids):
+        self.now += 2
+        return np.zeros((1, 5))
 
     def decode(self, tokens):
         self.now += 2
@@ -188,13 +207,194 @@ def test_statistics_count_the_tokens_after_the_first_until_the_last_text_ends(mo
     clock, tokens = Clock(), itertools.chain(*tokens)
     monkeypatch.setattr(generation, "time", clock)
     options = generation.Options(count, lambda logits: np.array(next(tokens)), stream=False)
-    info = generation.generate_batch(clock, clock, ["abc", "abcdefg"], options)
+    info = generation.generate(clock, clock, ["abc", "abcdefg"], options)
     assert vars(info.perf_metrics) == {
-        "prefill_time": 2 * 1 + 4,  # with tokenizing
+        "prefill_time": 2 * 1 + 2 * 2,  # with tokenizing
         "decode_perf": decoded / (2 * decoded) if decoded else 0,
         "total_perf": decoded / (6 + 2 * decoded),
         "total_time": 6 + 2 * decoded,
     }
+
+
+def test_statistics_of_continuous_batching_are_of_all_rows(monkeypatch):
+    """Four texts in two rows: 5, 1, 2 and 3 tokens; the third follows the second, and the fourth the third."""
+    clock, first = Clock(continuous=True), [0, 0, 0, 0, 1]
+    tokens = zip(first, [1, 0, 1, 0, 0], strict=True)  # the last text ends with generation_len
+    tokens = itertools.chain(tokens, [[0, 1]])
+    monkeypatch.setattr(generation, "time", clock)
+    options = generation.Options(None, lambda logits: np.array(next(tokens)), stream=False)
+    info = generation.generate(clock, clock, ["a", "b", "c", "d"], options)
+    assert [np.flatnonzero(row != 1).max(initial=-1) + 1 for row in info.generated_ids] == [4, 0, 1, 2]
+    steps, decoded = 6, 4 + 0 + 1 + 2
+    assert vars(info.perf_metrics) == {
+        "prefill_time": (4 + 4 * 2) / 4,  # a text's; the last two are read between steps
+        "decode_perf": decoded / (2 * (steps - 1)),
+        "total_perf": decoded / (4 + 4 * 2 + 2 * (steps - 1)),
+        "total_time": 4 + 4 * 2 + 2 * (steps - 1),
+    }
+
+
+# -- continuous batching
+
+
+PROMPTS = ["ROMEO:", "The assert statement", "Hi", "JULIET: O Romeo, Romeo!", "", "To be, or not to be", "A list is"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_continuous_batching_gives_each_text_as_alone(nano, tokenizer, rows, capsys):
+    """Of unequal lengths: each row takes the next prompt when its text ends."""
+    model = QEFFAutoModelForCausalLM.from_pretrained(nano, continuous_batching=True)
+    model.compile(full_batch_size=rows, ctx_len=64)
+    info = model.generate(tokenizer, PROMPTS, return_logits=True)
+    alone = QEFFAutoModelForCausalLM.from_pretrained(nano)
+    alone.compile(ctx_len=64)
+    expected = alone.generate(tokenizer, PROMPTS, return_logits=True)
+    assert info.generated_texts[: len(PROMPTS)] == sum(expected.generated_texts, [])
+    np.testing.assert_array_equal(info.generated_ids[: len(PROMPTS)], np.concatenate(expected.generated_ids))
+    for own, other in zip(info.logits, expected.logits, strict=False):
+        np.testing.assert_allclose(own, other, atol=1e-3)
+    assert len({len(logits) for logits in expected.logits}) > 2  # texts of unequal lengths
+    assert ("are repeated" in capsys.readouterr().out) == (rows > len(PROMPTS))
+
+
+def test_the_artifact_of_continuous_batching_has_qefficients_sizes(nano):
+    model = QEFFAutoModelForCausalLM.from_pretrained(nano, continuous_batching=True)
+    with pytest.raises(ValueError, match="full_batch_size must be 1 or more with continuous_batching=True, got None"):
+        model.compile()
+    path = model.compile(full_batch_size=4, ctx_len=64, prefill_seq_len=16)
+    shapes = json.loads((path.parent / "specializations.json").read_text(encoding="utf-8"))["specializations"]
+    sizes = {"ctx_len": "64", "full_batch_size": "4"}
+    assert [shape["symbols"] for shape in shapes] == [
+        {"batch_size": "1", "seq_len": "16"} | sizes,
+        {"batch_size": "4", "seq_len": "1"} | sizes,
+    ]
+
+
+# -- prompt-lookup decoding
+
+
+@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.given(
+    count=st.integers(1, 70), ids=st.lists(st.integers(0, 1400), min_size=1, max_size=30), repeat=st.integers(1, 3)
+)
+def test_drafts_change_no_token(count, ids, repeat):
+    """Whatever they are; for texts to the end of the context, where a draft must end too."""
+    model = shared_nano()
+    ids = (ids * repeat)[:60]
+    tokens = {}
+    for session in model.session, Drafting(model.session, count):
+        logits, tokens[session] = session.read(0, ids), []
+        for _ in range(64 - len(ids)):
+            tokens[session].append(logits.argmax())
+            logits = session.decode(np.array([tokens[session][-1]]))
+    plain, drafted = tokens.values()
+    assert plain == drafted and session.tokens == len(plain) >= session.calls
+
+
+@functools.cache
+def shared_nano():
+    model = QEFFAutoModelForCausalLM.from_pretrained(NANO)
+    model.compile(ctx_len=64)
+    return model
+
+
+@pytest.mark.parametrize("sampler", [None, (0.9, 40, 0.9, 3)])
+def test_drafts_give_the_same_text_in_fewer_calls(nano, compiled, tokenizer, sampler, capsys):
+    model = compiled(nano, ctx_len=256)
+    infos = [
+        model.generate(
+            tokenizer, "ROMEO:", ignore_eos=True, draft_tokens=count, sampler=Sampler(*sampler) if sampler else None
+        )
+        for count in (0, 4)
+    ]
+    assert infos[0].generated_texts == infos[1].generated_texts
+    assert infos[0].tokens_per_call is None and infos[1].tokens_per_call > (1 if sampler else 1.3)
+    assert f"Tokens per call of decode is= {infos[1].tokens_per_call:.2f}\n" in capsys.readouterr().out
+
+
+def test_a_draft_is_what_followed_the_longest_earlier_match():
+    assert look_up([1, 2, 3, 9, 8, 7, 5, 3, 6, 6, 1, 2, 3], 2) == [9, 8]
+    assert look_up([4, 3, 9, 8, 7, 5, 3, 6, 6, 2, 3], 2) == [6, 6]  # of one token, the latest
+    assert look_up([5, 5, 5, 5, 5], 3) == [5, 5]
+    assert look_up([1, 2, 1, 2, 1, 2, 1, 2], 3) == [1, 2, 1]  # as many as wanted, rather than the latest
+    assert look_up([1, 2, 3], 4) == look_up([1], 4) == look_up([7, 7], 0) == []
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 2}, {"dtype": "float16"}, {"int8_matmul": True}])
+def test_drafts_need_single_texts_in_float32(nano, compiled, tokenizer, settings):
+    with pytest.raises(ValueError, match="draft_tokens must be 0 but for single texts in float32, got 4"):
+        compiled(nano, **settings).generate(tokenizer, ["A", "B"], draft_tokens=4)
+
+
+# -- QEfficient's keywords
+
+
+@pytest.mark.parametrize(("method", "name"), [(method, name) for method, names in SIGNATURES.items() for name in names])
+def test_each_keyword_of_qefficient_is_served_or_refused_by_name(nano, tokenizer, method, name):
+    """SIGNATURES is read from its source. Refused: unless it has QEfficient's default."""
+    function = getattr(QEFFAutoModelForCausalLM.from_pretrained(nano), method)
+    if name in inspect.signature(function).parameters or method == "compile" and name in keywords.COMPILER_FLAGS:
+        return
+    assert name in keywords.REFUSED[method], f"{method}: neither served nor refused"
+    default = ast.literal_eval(SIGNATURES[method][name])
+    given = {"from_pretrained": NAME, "generate": {"tokenizer": tokenizer, "prompts": ["a"]}}.get(method, {})
+    with pytest.raises(ValueError, match=rf"^{name} must be .* on a CPU, got 'another': .+"):
+        function(**given, **{name: "another"})
+    assert keywords.REFUSED[method][name][0] == default
+    if method == "export":
+        function(**{name: default})
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "message"),
+    [
+        ("compile", "ctxlen", "compile has no keyword ctxlen; did you mean ctx_len?"),
+        ("compile", "aic_enable_depth_frist", "did you mean aic_enable_depth_first?"),
+        ("generate", "max_new_tokens", "generate has no keyword max_new_tokens"),
+        ("export", "dir", "export has no keyword dir"),
+    ],
+)
+def test_an_unknown_keyword_is_an_error(nano, tokenizer, method, name, message):
+    given = {"tokenizer": tokenizer, "prompts": ["a"]} if method == "generate" else {}
+    with pytest.raises(TypeError, match=re.escape(message)):
+        getattr(QEFFAutoModelForCausalLM.from_pretrained(nano), method)(**given, **{name: 64})
+
+
+def test_the_flags_of_the_compiler_are_recorded_and_printed(nano, capsys):
+    model = QEFFAutoModelForCausalLM.from_pretrained(nano)
+    path = model.compile(mos=2, aic_hw_version="ai200", ctx_len=64)
+    assert "mos=2, aic_hw_version=ai200" in capsys.readouterr().out
+    record = json.loads((path.parent / "compile.json").read_text(encoding="utf-8"))["for_the_card"]
+    assert record["mos"] == 2 and path.name == "qpc"
+
+
+def test_prompts_are_a_text_a_list_or_a_file(nano, compiled, tokenizer, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("ROMEO:\n Hi \n", encoding="utf-8")
+    ways = [("ROMEO:", None), (["ROMEO:", "Hi"], None), (None, tmp_path / "prompts.txt")]
+    infos = [
+        compiled(nano).generate(tokenizer, prompts, prompts_txt_file_path=path, generation_len=5, stream=False)
+        for prompts, path in ways
+    ]
+    assert infos[0].generated_texts == infos[1].generated_texts[:1]
+    assert infos[1].generated_texts == infos[2].generated_texts and len(infos[1].generated_texts) == 2
+    assert repr(infos[0]) in capsys.readouterr().out
+
+
+def test_iteration_and_automation_print_as_qefficient(nano, compiled, tokenizer, capsys):
+    compiled(nano).generate(tokenizer, ["Hi"], generation_len=3, stream=False, iteration=3)
+    assert capsys.readouterr().out.count("Performance Stats") == 3
+    info = compiled(nano).generate(tokenizer, ["Hi"], generation_len=3, stream=False, automation=True)
+    assert capsys.readouterr().out == f"input= ['Hi']\noutput= {info.generated_texts}\n{info}\n"
+
+
+def test_a_model_of_characters_without_an_end(make_checkpoint, capsys, tmp_path):
+    """An empty prompt is one line, and --dump is an array that np.load reads."""
+    folder = make_checkpoint(vocab_size=26, n_layer=1)
+    (folder / "meta.json").write_text(json.dumps({"chars": "abcdefghijklmnopqrstuvwxyz"}), encoding="utf-8")
+    assert "prompt must not be empty: this model has no <|endoftext|>" in refused(capsys, "--prompt=", model=folder)
+    example.main([f"--model={folder}", "--prompt=abc", "--max-new-tokens=5", f"--dump={tmp_path / 'd.npz'}"])
+    saved = np.load(tmp_path / "d.npz")
+    assert saved["prompt_ids"].tolist() == [0, 1, 2] and saved["tokens"].shape == (5,)
 
 
 # -- example.py
@@ -272,6 +472,13 @@ def test_end_of_text_ends_a_text_unless_ignored(tmp_path, capsys):
         (["--device=tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--device=qaic"], "--device must be auto or cpu here, got qaic: QEfficient is not installed: pip install"),
         (["--dump=nowhere/d.npz"], "--dump must be a file in an existing folder, got nowhere/d.npz"),
+        (["--draft-tokens=-1"], "--draft-tokens must be 0 or more, got -1"),
+        (["--draft-tokens=4", "--dtype=int8"], "--draft-tokens must be 0 but for a single text in float32, got 4"),
+        (["--full-batch-size=0"], "--full-batch-size must be 1 or more, got 0"),
+        (["--full-batch-size=2", "--verify"], "--full-batch-size must not be set with --verify, got 2"),
+        (["--device-group=0"], "--device-group must not be set on a CPU: it names cards"),
+        (["--device-group=x"], "argument --device-group: invalid device_ids value: 'x'"),
+        (["--include-sampler"], "--include-sampler must not be set on a CPU: a CPU samples without it"),
         (["--prompt=--"], "-- must not be the value of a flag"),
         (["--dump=/tmp"], "--dump must be a file in an existing folder, got /tmp"),
     ],
@@ -332,7 +539,8 @@ def test_verify_returns_1_beyond_its_limit(dtype, times, status, capsys):
         types.SimpleNamespace(session=types.SimpleNamespace(prefill=lambda rows, logits=logits: logits))
         for logits in (expected, expected + np.array([[0, 0, 4 * times * limit]]))  # 4: the largest
     )
-    assert example.verify(dtype, "cpu", model, exact, [[1, 2]]) == status
+    args = types.SimpleNamespace(dtype=dtype, device_group=None)
+    assert example.verify(args, "cpu", model, exact, [[1, 2]]) == status
     assert ("NOT as expected" if status else ": as expected") in capsys.readouterr().out
 
 
@@ -345,14 +553,26 @@ def test_verify_finds_wrong_scales(factor, status, tmp_path, monkeypatch, capsys
     assert "as expected (up to 0.05)" in capsys.readouterr().out
 
 
-def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    notebook = nbformat.read(PROJECT / "QEfficientGPT2.ipynb", as_version=4)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
-    nbformat.validate(notebook)
+def printed(notebook):
+    """What each cell prints; and that it is neither an error nor a warning."""
+    texts = {}
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
+        texts[cell.id] = re.sub(r"\d+\.[\d.]+", "N", "".join(out.get("text", "") for out in outputs))
+    assert "on cpu: onnxruntime N" in texts["cell-2"] and "Decode is= N tokens/sec" in texts["cell-10"]
+    assert any("image/png" in out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", []))
+    return texts
+
+
+def test_the_notebook_prints_what_it_holds(monkeypatch):
+    """But for times and versions, and int8, whose text depends on the CPU; with the model in the repository."""
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", "nowhere")
+    held = nbformat.read(PROJECT / "QEfficientGPT2.ipynb", as_version=4)
+    nbformat.validate(held)
+    notebook = copy.deepcopy(held)
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": PROJECT}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    text = "".join(output.get("text", "") for output in outputs)
-    assert "on cpu: onnxruntime" in text and re.search(STATS, text)
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not any(output["output_type"] == "error" for output in outputs)
+    texts, expected = printed(notebook), printed(held)
+    del texts["cell-int8-code"], expected["cell-int8-code"]
+    assert texts == expected
