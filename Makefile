@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 TOX = .venv/bin/tox
 
-.PHONY: test avx2 demo bench peers fuzz mutants kills versions clean
+.PHONY: test avx2 demo bench peers fuzz mutants kills versions xla clean
 
 test: $(TOX)
 	$(TOX) run-parallel --parallel-no-spinner
@@ -42,6 +42,14 @@ kills: $(TOX)
 # the other Pythons that shared and jax_nanogpt support; those that are not installed are skipped by name
 versions: $(TOX)
 	$(TOX) run --skip-missing-interpreters true -e shared-py310,shared-py312,shared-py313,jax-py312,jax-py313
+
+# neuron_nanogpt's graphs through PyTorch/XLA, whose torch is gigabytes of CUDA but on PyTorch's index
+xla: INDEX = PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+xla: $(TOX)
+	@if test -n "$$XLA_ALLOW_CUDA_WHEEL"; then $(TOX) run -e neuron-xla; \
+	elif $(INDEX) .venv/bin/python -m pip --retries=0 --timeout=5 install --quiet --dry-run --ignore-installed --no-deps \
+	  torch==2.9.1+cpu 2>/dev/null; then $(INDEX) $(TOX) run -e neuron-xla; \
+	else echo "neuron-xla: SKIP, needs torch 2.9.1+cpu, from PyTorch's index (XLA_ALLOW_CUDA_WHEEL=1 takes PyPI's)"; fi
 
 # keeps trained models and other outputs
 clean:

@@ -27,7 +27,7 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}  # what 
 PROMPT = 16
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def load(folder, dtype, device="auto"):
     return engines.load(folder, dtype, device)
 
@@ -42,7 +42,7 @@ def step_bytes(engine):
     return params * {"float32": 4, "bfloat16": 2, "int8": 1}[engine.compiler.dtype]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def greedy(engine, ids, count):
     """The greedy continuation of ids, count tokens."""
     sampler, tokens = Sampler(temperature=0), []
@@ -51,7 +51,7 @@ def greedy(engine, ids, count):
     return np.concatenate(tokens).tolist()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(engine, ids):
     """The logits after each of ids [T, V], token by token, with the cache."""
     return np.concatenate([engine.prefill([ids[:1]]), *(engine.decode(np.array([token])) for token in ids[1:])])

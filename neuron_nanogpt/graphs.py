@@ -3,45 +3,55 @@
 import torch
 import torch.nn as nn
 
-from neuron_nanogpt.model import init_cache
+from neuron_nanogpt.model import GPT, init_cache
 
 
 class NeuronStep(nn.Module):
     """Texts [B, T], padded on the right, and their lengths [B] -> next-token logits [B, V]."""
 
-    cache = ()  # Decode has one
-
-    def __init__(self, gpt):
+    def __init__(self, gpt: GPT):
         super().__init__()
-        self.gpt = gpt
+        self.gpt, self.cache, self.slots = gpt, (), None
 
     def forward(self, input_ids, length):
         return self.gpt(input_ids, length)[0]
 
 
 class Prefill(NeuronStep):
-    """The same, and each layer's keys and values [B, H, T, D], which fill the cache."""
+    """The same, and the cache with each text's keys and values in its first slots.
+
+    The cache is held as parameters, which all graphs share; output 1 + i is the new value of the i-th. A device that
+    knows them as aliases updates the cache in place.
+    """
+
+    def __init__(self, gpt: GPT, cache: nn.ParameterList):
+        super().__init__(gpt)
+        self.cache = cache
 
     def forward(self, input_ids, length):
         logits, new_cache = self.gpt(input_ids, length)
-        return logits, *new_cache
+        filled = [self.gpt.fill(old, new, length) for old, new in zip(self.cache, new_cache, strict=True)]
+        return logits, *filled
 
 
 class Decode(nn.Module):
-    """One token a row [B, 1] and its position [B] -> logits [B, V], and the new cache, which stays on the device.
+    """One token a row [B, 1] and its position [B] -> logits [B, V], and the cache with the token's keys and values.
 
-    The cache is held as parameters; output 1 + i is the new value of the i-th.
+    Attention reads the cache's first `slots`, so that the step of a short text reads less.
     """
 
-    def __init__(self, gpt, batch):
+    def __init__(self, gpt: GPT, cache: nn.ParameterList, slots: int):
         super().__init__()
-        self.gpt = gpt
-        cache = init_cache(gpt.config, batch, gpt.wpe.weight.dtype)
-        self.cache = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in cache)
+        self.gpt, self.cache, self.slots = gpt, cache, slots
 
     def forward(self, input_ids, positions):
-        logits, new_cache = self.gpt(input_ids, cache=list(self.cache), positions=positions)
+        logits, new_cache = self.gpt(input_ids, cache=list(self.cache), positions=positions, slots=self.slots)
         return logits, *new_cache
+
+
+def shared_cache(gpt: GPT, batch: int) -> nn.ParameterList:
+    cache = init_cache(gpt.config, batch, gpt.wpe.weight.dtype)
+    return nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in cache)
 
 
 def padded(rows, width):

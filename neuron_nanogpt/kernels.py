@@ -132,7 +132,13 @@ def replace_linears(gpt, dtype):
 
 @torch.jit.script
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    slots: int,
 ):
     """CausalSelfAttention.attend, but the cache is updated in place and read up to the last filled position."""
     if q.shape[0] == 1:
@@ -150,9 +156,18 @@ def attend(
     return y, keys, values
 
 
+@torch.jit.script
+def fill(cache: torch.Tensor, new: torch.Tensor, length: torch.Tensor):
+    """GPT.fill, but in place: the cache takes memory for the positions that are filled."""
+    filled = int(length.max())
+    cache[:, :, :filled].copy_(new[:, :, :filled])
+    return cache
+
+
 def prepare(gpt, dtype="float32"):
     """Gives a float32 model the CPU's kernels, in place, for weights of this dtype; the embeddings stay."""
     replace_linears(gpt, dtype)
+    gpt.fill = fill
     for block in gpt.h:
         block.attn.attend = attend
     return gpt

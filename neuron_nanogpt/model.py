@@ -31,22 +31,26 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None):
+    def forward(self, x, cache=None, positions=None, slots=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each B, H, T, D
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            y, k, v = self.attend(q, k, v, *cache, positions)
+            y, k, v = self.attend(q, k, v, *cache, positions, slots)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)
 
-    def attend(self, q, k, v, keys, values, positions):
-        """One token a row, and a cache [B, H, S, D] of keys and values: y, and the cache with k and v at positions."""
+    def attend(self, q, k, v, keys, values, positions, slots: int):
+        """One token a row, and a cache [B, H, S, D] of keys and values: y, and the cache with k and v at positions.
+
+        Attention reads the first `slots` of the cache.
+        """
         index = positions.view(-1, 1, 1, 1).expand_as(k)
         keys, values = keys.scatter(2, index, k), values.scatter(2, index, v)
-        visible = torch.arange(keys.shape[2], device=q.device) <= positions.view(-1, 1, 1, 1)  # B, 1, 1, S
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible), keys, values
+        visible = torch.arange(slots, device=q.device) <= positions.view(-1, 1, 1, 1)  # B, 1, 1, slots
+        y = F.scaled_dot_product_attention(q, keys[:, :, :slots], values[:, :, :slots], attn_mask=visible)
+        return y, keys, values
 
 
 class MLP(nn.Module):
@@ -67,8 +71,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None):
-        y, new_cache = self.attn(self.ln_1(x), cache, positions)
+    def forward(self, x, cache=None, positions=None, slots=None):
+        y, new_cache = self.attn(self.ln_1(x), cache, positions, slots)
         x = x + y
         return x + self.mlp(self.ln_2(x)), new_cache
 
@@ -84,20 +88,21 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, ids, length=None, cache=None, positions=None):
+    def forward(self, ids, length=None, cache=None, positions=None, slots=None):
         """Logits in float32, and new_cache: each layer's keys and values [B, H, T or S, D] in one flat list.
 
         ids        [B, T]: whole texts, padded on the right; or, with a cache, one token a row
         length     None for logits [B, T, V]; or [B], the length of each text, for the next token's logits [B, V]
         cache      a list like new_cache with S slots, filled up to positions
         positions  [B], the position of each row's token
+        slots      how many of the cache's slots attention reads, from the first; more than any position
         """
         B, T = ids.shape
         position = torch.arange(T, device=ids.device) if cache is None else positions.view(B, 1)
         x = self.wte(ids) + self.wpe(position)  # B, T, C
         new_cache = []
         for i, block in enumerate(self.h):
-            x, layer_cache = block(x, None if cache is None else cache[2 * i : 2 * i + 2], positions)
+            x, layer_cache = block(x, None if cache is None else cache[2 * i : 2 * i + 2], positions, slots)
             new_cache += layer_cache
         if length is not None:  # later tokens are not visible, so padding changes nothing up to a text's end
             x = x.gather(1, (length - 1).view(B, 1, 1).expand(B, 1, x.shape[2]))[:, 0]  # B, C
@@ -105,12 +110,28 @@ class GPT(nn.Module):
             x = x[:, 0]
         return self.lm_head(self.ln_f(x)).float(), new_cache
 
+    def fill(self, cache: torch.Tensor, new: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """A cache [B, H, S, D] with the keys or values of padded texts [B, H, T, D] in its first slots."""
+        filled = torch.arange(cache.shape[2], device=new.device).view(1, 1, -1, 1) < length.view(-1, 1, 1, 1)
+        return torch.where(filled, F.pad(new, (0, 0, 0, cache.shape[2] - new.shape[2])), cache)
+
     @classmethod
     def from_pretrained(cls, model, dtype=torch.float32):
         """One of GPT-2's names, gpt2-nano, or a folder in Hugging Face's format."""
         from neuron_nanogpt import weight_loader  # which imports this module
 
         return weight_loader.load(find_model(str(model)).folder, dtype)
+
+
+class TiedHead(nn.Module):
+    """The head as the embedding's matrix: moved to an XLA device, a parameter of two modules becomes two."""
+
+    def __init__(self, wte: nn.Embedding):
+        super().__init__()
+        self.wte = wte
+
+    def forward(self, x):
+        return F.linear(x, self.wte.weight)
 
 
 def init_cache(config, batch, dtype=torch.float32):

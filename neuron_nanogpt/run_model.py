@@ -2,6 +2,7 @@
 
     python run_model.py --prompt "To be, or not to be"
     python run_model.py --window                          # one graph of a fixed shape, without a KV cache
+    python run_model.py --device xla                      # through PyTorch/XLA, which torch_neuronx.trace stands on
 
 The loop over tokens stays on the CPU and calls the graph at each step. Graphs are saved in the current directory, and
 the next run reuses them.
@@ -13,21 +14,24 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from neuron_nanogpt.compiler import DEVICES, DTYPES, TARGETS
+from neuron_nanogpt.compiler import DEVICES, DTYPES
 from neuron_nanogpt.engine import SEQ_LEN, load
 from neuron_nanogpt.files import save_dump
 from neuron_nanogpt.graphs import NeuronStep
 from neuron_nanogpt.model import count_params
+from neuron_nanogpt.neuron import STATES, TARGETS
 from shared.sampling import Sampler, check_sampling
 from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
 
 BATCH = 1
-LIMITS = {"float32": 1e-3, "bfloat16": 3e-2, "int8": 3e-2}  # of --verify: differences relative to the largest logit
+VERIFIED = 8  # steps of decoding after each prompt
+LIMITS = {"float32": 1e-3, "bfloat16": 3e-2, "int8": 3e-2}  # differences relative to the largest logit
 
 
 def make_parser():
@@ -38,16 +42,19 @@ def make_parser():
     add = parser.add_argument
     add_sampling(parser)
     add("--batch", type=int, default=BATCH, help="texts at once (default: %(default)s)")
-    add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: float32; on a NeuronCore bfloat16)")
     add("--device", default="auto", choices=DEVICES, help="(default: %(default)s)")
     add("--window", action="store_true", help="one graph over a window of --seq-len tokens, without a KV cache")
     add("--seq-len", type=int, help=f"the window (default: {SEQ_LEN}, or the context if that is shorter)")
     add("--buckets", type=lengths, help="prompt lengths that get a graph, as in 128,1024 (default: powers of two)")
-    add("--target", default="trn1", choices=TARGETS, help="to compile for (default: %(default)s)")
+    add("--target", choices=TARGETS, help="to compile for, on a NeuronCore (default: trn1)")
     add("--compiler-args", default="", help="more arguments for neuronx-cc, in one string")
+    add("--compile-only", action="store_true", help="all graphs for a NeuronCore, on any machine with neuronx-cc")
+    add("--states", choices=STATES, help="how a NeuronCore's graphs hand on the KV cache (default: shared)")
+    add("--dump-hlo", type=Path, metavar="DIR", help="with --device xla: save each graph's HLO as text")
     add("--recompile", action="store_true", help="trace again, and replace the saved graphs")
     add("--cores", type=int, default=1, help="NeuronCores that share the batch, with --window (default: %(default)s)")
-    add("--verify", action="store_true", help="compare logits with float32 on the CPU; status 1 if they differ")
+    add("--verify", action="store_true", help="compare three texts with float32 on the CPU; status 1 if they differ")
     add("--dump", type=Path, metavar="FILE.npz", help="save prompt_ids, tokens and logits of the first text")
     return parser
 
@@ -95,36 +102,64 @@ def check(args):
         raise ValueError(f"--cores must be 1 with a KV cache, got {args.cores}: {remedy}")
     if args.batch % args.cores:
         raise ValueError(f"--batch must be a multiple of --cores ({args.cores}), got {args.batch}")
+    if args.seq_len is not None and not args.window:
+        raise ValueError(f"--seq-len must be given with --window, got {args.seq_len} without")
+    if args.buckets and args.window:
+        raise ValueError("--buckets must be given without --window, got both")
+    no_text = "--verify" if args.verify else "--compile-only"
+    if args.dump and (args.verify or args.compile_only):
+        raise ValueError(f"--dump must be given without {no_text}, got both: no text is generated")
     if args.dump and (args.dump.exists() and not args.dump.is_file() or not args.dump.parent.is_dir()):
         raise ValueError(f"--dump must be a file in an existing folder, got {args.dump}")
 
 
-def eager_step(engine, prompt):
-    """A decode step of the eager model, in float32 on the CPU: its token, the logits [V] without padding, a cache or a
-    graph, and the ms that it takes with them."""
-    eager = NeuronStep(engine.gpt)
+class Reference(NamedTuple):
+    """The greedy continuation of a prompt by the eager model, in float32 on the CPU."""
 
-    def logits(row):
-        row = row[-engine.context :]
-        return eager(torch.tensor([row]), torch.tensor([len(row)]))[0].numpy()
-
-    token = int(logits(prompt).argmax())
-    module, inputs = engine.example(engine.batch)
-    return token, logits([*prompt, token]), median_ms(lambda: module(*inputs))
+    prompt: list[int]
+    tokens: list[int]
+    logits: np.ndarray  # before each token, and after the last: [len(tokens) + 1, V]
 
 
-def verify(engine, prompt, dtype):
-    """Compares a step of the graph with float32 on the CPU; status 1 if the logits differ too much."""
-    token, expected, eager_ms = eager_step(engine, prompt)  # before the first graph, for which engine.gpt is converted
-    tokens = np.full(engine.batch, token)
-    engine.prefill([prompt] * engine.batch)
-    apart = np.abs(engine.decode(tokens) - expected).max() / np.abs(expected).max()
-    ms = median_ms(lambda: engine.decode(tokens))
+def make_reference(engine, prompt: list[int], count: int) -> Reference:
+    """Without padding, a cache or a graph."""
+    eager, row, logits = NeuronStep(engine.gpt), [*prompt], []
+    for _ in range(count + 1):
+        window = row[-engine.context :]
+        logits.append(eager(torch.tensor([window]), torch.tensor([len(window)]))[0].numpy())
+        row.append(int(logits[-1].argmax()))
+    return Reference(prompt, row[len(prompt) : -1], np.stack(logits))
+
+
+def compare(engine, about: str, reference: Reference, dtype: str) -> bool:
+    """Prints how far the graphs' logits are from the reference's, for the prompt and for the tokens after it."""
+    logits = [engine.prefill([reference.prompt] * engine.batch)]
+    logits += [engine.decode(np.full(engine.batch, token)) for token in reference.tokens]
+    apart = np.abs(np.stack(logits, 1) - reference.logits).max((0, 2)) / np.abs(reference.logits).max()
+    count, limit = len(reference.tokens), LIMITS[dtype]
+    for part, worst in ("prefill", apart[0]), (f"{count} decode step{'s' * (count > 1)}", apart[1:].max()):
+        verdict = "as expected" if worst <= limit else "NOT as expected"  # NaN is not
+        print(f"{about}{part}: logits are within {worst:.1e} of the CPU's float32: {verdict} (up to {limit:g})")
+    return bool((apart <= limit).all())
+
+
+def verify(engine, prompt: list[int], dtype: str) -> int:
+    """A prompt, another one and the first again, which a state that is left from the one before would change."""
+    first = make_reference(engine, prompt, VERIFIED)
+    other = make_reference(engine, first.tokens, VERIFIED)
+    texts = [("prompt A, ", first), ("prompt B, ", other), ("prompt A again, ", first)]
+    right = [compare(engine, *text, dtype) for text in texts]
+    return int(not all(right))
+
+
+def show_step(engine, prompt: list[int], dtype: str) -> None:
+    """Compares one step of the graph with the eager model's, its logits and its time."""
+    reference = make_reference(engine, prompt, 1)  # before the first graph, for which engine.gpt is converted
+    module, inputs = engine.example()
+    eager_ms = median_ms(lambda: module(*inputs))
+    compare(engine, "", reference, dtype)
+    ms = median_ms(lambda: engine.decode(np.full(engine.batch, reference.tokens[0])))
     print(f"one step: {eager_ms:.1f} ms eager in float32, {ms:.1f} ms by the graph: ratio {eager_ms / ms:.2f}")
-    limit = LIMITS[dtype]
-    verdict = "as expected" if apart <= limit else "NOT as expected"
-    print(f"logits are within {apart:.1e} of the CPU's float32, relative to the largest: {verdict} (up to {limit:g})")
-    return int(not apart <= limit)  # NaN is not
 
 
 def median_ms(call, repeats=5):
@@ -142,6 +177,7 @@ def generate(args, engine, tokenizer, prompt):
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     prompts, ended = [prompt] * args.batch, np.zeros(args.batch, bool)
     tokens, rows = [], []
+    engine.build(len(prompt), args.max_new_tokens)  # which prints a line a graph, and not into the text
     print("\n" + args.prompt, end="", flush=True)
     start = time.perf_counter()
     for step in range(args.max_new_tokens):
@@ -166,7 +202,7 @@ def generate(args, engine, tokenizer, prompt):
         save_dump(args.dump, prompt, texts[0], rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # torch_neuronx.trace moves parameters, which inference mode forbids
 def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character
     parser = make_parser()
@@ -178,15 +214,18 @@ def main(argv=None):
         engine = load(
             found.folder,
             args.dtype,
-            args.device,
+            "neuron" if args.compile_only and args.device == "auto" else args.device,
             batch=args.batch,
             window=args.window,
             seq_len=args.seq_len,
             buckets=args.buckets,
-            target=args.target,
-            compiler_args=args.compiler_args.split(),
-            cores=args.cores,
             recompile=args.recompile,
+            target=args.target,
+            compiler_args=tuple(args.compiler_args.split()),
+            cores=args.cores,
+            states=args.states,
+            compile_only=args.compile_only,
+            dump_hlo=args.dump_hlo,
         )
         prompt = encode_prompt(tokenizer, args.prompt, engine.config.vocab_size)
     except (ValueError, OSError) as error:
@@ -194,8 +233,12 @@ def main(argv=None):
     why = "" if args.model else f"; {found.why}"
     print(f"{found.name} ({count_params(engine.config) / 1e6:.1f}M parameters) on {engine.describe()}{why}", flush=True)
     try:
-        status = verify(engine, prompt, args.dtype)
-        return status if args.verify else generate(args, engine, tokenizer, prompt)
+        if args.compile_only:
+            return engine.build_all()
+        if args.verify:
+            return verify(engine, prompt, engine.compiler.dtype)
+        show_step(engine, prompt, engine.compiler.dtype)
+        return generate(args, engine, tokenizer, prompt)
     except OSError as error:  # a full disk, or a file whose SHA-256 does not match its JSON
         parser.error(str(error))
 

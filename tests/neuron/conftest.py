@@ -76,14 +76,20 @@ def gpt(tiny):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with torch.inference_mode():
+    with torch.no_grad():
         yield
 
 
 @pytest.fixture
 def neuron(monkeypatch, tmp_path):
     """A machine with a NeuronCore, as far as the scripts can see."""
-    module = StandIn()
+    module, load = StandIn(), torch.jit.load
+
+    def load_to_a_core(file):
+        module.loaded()
+        return load(file)
+
+    monkeypatch.setattr(torch.jit, "load", load_to_a_core)
     monkeypatch.setitem(sys.modules, "torch_neuronx", module)
     monkeypatch.setattr(compiler, "DRIVER", tmp_path)
     return module

@@ -65,7 +65,7 @@ def test_logits_are_those_of_transformers_past_128_positions(long):
     runner = load(long[0])
     for rows, logits in steps(runner, [torch.randint(50, (126,)).tolist()], 18):
         np.testing.assert_allclose(logits, crops(long[1], rows, 140), atol=1e-4, rtol=0)
-    assert [*runner.prefills] == [128, 140]
+    assert [*runner.graphs] == ["step", "prefill_128", "prefill_140"]
 
 
 def test_a_text_is_independent_of_its_batch_and_of_the_text_before(tiny):
@@ -80,7 +80,7 @@ def test_the_smallest_bucket_that_holds_the_prompt_is_used(tiny):
     for length, bucket in (1, 4), (4, 4), (5, 8), (9, 16), (16, 16), (40, 16):
         runner = load(tiny[0], buckets=[8, 4])
         runner.prefill([[1] * length])
-        assert [*runner.prefills] == [bucket]
+        assert [kind for kind in runner.graphs if kind != "step"] == [f"prefill_{bucket}"]
 
 
 def test_default_buckets_are_powers_of_two_up_to_the_context():
@@ -92,7 +92,8 @@ def test_default_buckets_are_powers_of_two_up_to_the_context():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_files_hold_no_weights_and_an_empty_cache(dtype, tiny):
     greedy(load(tiny[0], dtype=dtype), [[1, 2]], 5)
-    for path in STEP, Path("gpt2_prefill_16_neuron.pt"):
+    assert len(paths := [*Path().glob("*.pt")]) == 2
+    for path in paths:
         graph = torch.jit.load(path)
         for name, tensor in graph.state_dict().items():
             assert not tensor.any(), name
@@ -106,7 +107,8 @@ def test_all_graphs_share_the_weights_of_the_model(tiny):
     runner = load(tiny[0], buckets=[4, 16])
     for length in 2, 10:
         runner.prefill([[1] * length])
-    for graph in runner.step[0], *runner.prefills.values():
+    assert len(runner.graphs) == 3
+    for graph in runner.graphs.values():
         held = {name: tensor.data_ptr() for name, tensor in graph.state_dict().items()}
         for name, tensor in runner.gpt.state_dict().items():
             assert held[f"gpt.{name}"] == tensor.data_ptr()
@@ -130,10 +132,12 @@ def test_an_artifact_is_reused(tiny, capsys):
 
 
 def test_the_sidecar_says_what_the_graph_was_traced_from(tiny):
-    assert load(tiny[0], batch=2).step
+    load(tiny[0], batch=2).build()
+    assert not STEP.exists()
+    load(tiny[0]).build()
     sidecar = json.loads(STEP.with_suffix(".json").read_text(encoding="utf-8"))
     assert sidecar["sha256"] == hashlib.sha256(STEP.read_bytes()).hexdigest()
-    assert sidecar["inputs"] == [[[2, 1], "torch.int64"], [[2], "torch.int64"]]
+    assert sidecar["inputs"] == [[[1, 1], "torch.int64"], [[1], "torch.int64"]] and sidecar["slots"] == 16
     assert sidecar["versions"] == {"torch": torch.__version__} and sidecar["device"] == "cpu"
     assert sidecar["graph"] == "Decode" and sidecar["dtype"] == "float32"
 
@@ -147,25 +151,32 @@ def change_n_head(folder):
 @pytest.mark.parametrize(
     ("change", "settings", "why"),
     [
-        (None, {"batch": 2}, "inputs was [[[1, 1]"),
-        (None, {"window": True}, "graph was Decode, is NeuronStep)"),
-        (None, {"dtype": "bfloat16"}, "dtype was float32, is bfloat16)"),
-        (None, {"dtype": "int8"}, "dtype was float32, is int8)"),
         (change_n_head, {}, "config changed)"),
         (None, {"recompile": True}, "--recompile)"),
     ],
 )
 def test_an_artifact_of_something_else_is_traced_again_and_says_why(change, settings, why, tiny, tmp_path, capsys):
     folder = shutil.copytree(tiny[0], tmp_path / "model")
-    assert load(folder).step
+    assert load(folder).step_graph(1)
     if change:
         change(folder)
     capsys.readouterr()
-    assert load(folder, **settings).step
+    assert load(folder, **settings).step_graph(1)
     line = capsys.readouterr().out
     assert line.startswith(f"{STEP}: traced in ") and f" s ({why}" in line
-    assert load(folder, **settings | {"recompile": False}).step
+    assert load(folder, **settings | {"recompile": False}).step_graph(1)
     assert written(capsys) == [f"{STEP}: reused"]
+
+
+def test_settings_have_files_of_their_own(tiny, capsys):
+    """The documented name is that of the default."""
+    others = {"batch": 2}, {"dtype": "bfloat16"}, {"dtype": "int8", "batch": 2}, {"window": True}
+    for settings in {}, *others, {}, *others:
+        load(tiny[0], **settings).build()
+    files = ["step_neuron", "prefill_16_neuron", "step_b2_neuron", "prefill_16_b2_neuron", "step_bfloat16_neuron"]
+    files += ["prefill_16_bfloat16_neuron", "step_b2_int8_neuron", "prefill_16_b2_int8_neuron", "window_16_neuron"]
+    lines = written(capsys)
+    assert lines == [f"gpt2_{file}.pt: {verb}" for verb in ("traced", "reused") for file in files]
 
 
 def test_an_artifact_is_reused_for_other_weights_of_the_same_shapes(tiny, tmp_path, random_checkpoint, capsys):
@@ -180,11 +191,11 @@ def test_an_artifact_is_reused_for_other_weights_of_the_same_shapes(tiny, tmp_pa
 
 @pytest.mark.parametrize("module", [model, kernels, graphs], ids=lambda module: module.__name__)
 def test_an_artifact_of_other_code_is_traced_again(module, tiny, tmp_path, monkeypatch, capsys):
-    assert load(tiny[0]).step
+    assert load(tiny[0]).step_graph(1)
     changed = tmp_path / "changed.py"
     changed.write_bytes(Path(module.__file__).read_bytes() + b"\n")
     monkeypatch.setattr(module, "__file__", str(changed))
-    assert load(tiny[0]).step
+    assert load(tiny[0]).step_graph(1)
     assert capsys.readouterr().out.endswith("s (code changed)\n")
 
 
@@ -206,23 +217,23 @@ def damage_sidecar():
 
 @pytest.mark.parametrize("harm", [truncate, replace, remove_sidecar, damage_sidecar])
 def test_a_file_whose_sha256_does_not_match_its_json_is_not_loaded(harm, tiny, monkeypatch, capsys):
-    assert load(tiny[0]).step
+    assert load(tiny[0]).step_graph(1)
     harm()
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, "load", lambda *_: pytest.fail("it was loaded"))
         patch.setattr(compiler.time, "sleep", lambda seconds: None)
         with pytest.raises(compiler.ArtifactError, match="delete it or use --recompile") as caught:
-            assert load(tiny[0]).step
+            assert load(tiny[0]).step_graph(1)
     assert "\n" not in str(caught.value) and str(STEP) in str(caught.value)
     capsys.readouterr()
     for settings, verb in ({"recompile": True}, "traced"), ({}, "reused"):
-        assert load(tiny[0], **settings).step
+        assert load(tiny[0], **settings).step_graph(1)
         assert written(capsys) == [f"{STEP}: {verb}"]
 
 
 def test_a_run_waits_while_another_replaces_the_files(tiny, monkeypatch, capsys):
     """The graph is there already, and its description comes at the end of the third pause."""
-    assert load(tiny[0]).step
+    assert load(tiny[0]).step_graph(1)
     description, pauses = STEP.with_suffix(".json").read_bytes(), []
 
     def sleep(seconds):
@@ -233,7 +244,7 @@ def test_a_run_waits_while_another_replaces_the_files(tiny, monkeypatch, capsys)
     STEP.with_suffix(".json").write_text("{}", encoding="utf-8")
     monkeypatch.setattr(compiler.time, "sleep", sleep)
     capsys.readouterr()
-    assert load(tiny[0]).step
+    assert load(tiny[0]).step_graph(1)
     assert written(capsys) == [f"{STEP}: reused"] and len(pauses) == 3
 
 
@@ -243,5 +254,5 @@ def test_an_interrupted_write_leaves_no_file(tiny, monkeypatch):
 
     monkeypatch.setattr(files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        assert load(tiny[0]).step
+        assert load(tiny[0]).step_graph(1)
     assert not list(Path().iterdir())

@@ -60,7 +60,7 @@ def test_a_cached_step_has_the_logits_of_the_whole_text(prepare, gpt, tiny):
             tensor[row, :, :8] = new[0]
     for step in range(8):
         positions = ahead + step
-        logits, cache = gpt(texts.gather(1, positions[:, None]), cache=cache, positions=positions)
+        logits, cache = gpt(texts.gather(1, positions[:, None]), cache=cache, positions=positions, slots=16)
         for row, position in enumerate(positions):
             expected = tiny[1](texts[row : row + 1, : position + 1]).logits[0, -1]
             torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)

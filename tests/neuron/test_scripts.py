@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from neuron_nanogpt import bench, engine, run_model, sample
+from neuron_nanogpt import bench, compiler, engine, run_model, sample
 from shared.sampling import Sampler
 from shared.tokenizer import find_model, load_tokenizer
 
@@ -143,11 +143,19 @@ def test_each_text_of_a_batch_ends_by_itself(run, tmp_path):
         (run_model, ["--model=nowhere"], "'nowhere'"),
         (run_model, ["--dtype=int4"], "--dtype"),
         (run_model, ["--device=neuron"], "--device must be auto or cpu, got neuron: torch-neuronx is not installed"),
+        (run_model, ["--device=xla"], "--device must be auto or cpu, got xla: torch_xla is not installed"),
         (run_model, ["--target=h100"], "--target"),
         (run_model, ["--cores=0"], "--cores must be 1 or more, got 0"),
         (run_model, ["--cores=2"], "--cores must be 1 with a KV cache, got 2"),
         (run_model, ["--cores=2", "--window", "--batch=3"], "--batch must be a multiple of --cores (2), got 3"),
-        (run_model, ["--cores=2", "--window", "--batch=2"], "--cores must be 1 on the cpu, got 2"),
+        (run_model, ["--cores=2", "--window", "--batch=2"], "--cores must not be given with the device cpu, got 2"),
+        (run_model, ["--target=trn2"], "--target must not be given with the device cpu, got trn2"),
+        (run_model, ["--compiler-args=-O1"], "--compiler-args must not be given with the device cpu, got -O1"),
+        (run_model, ["--states=copied"], "--states must not be given with the device cpu, got copied"),
+        (run_model, ["--dump-hlo=x"], "--dump-hlo must not be given with the device cpu, got x"),
+        (run_model, ["--seq-len=8"], "--seq-len must be given with --window, got 8 without"),
+        (run_model, ["--buckets=8", "--window"], "--buckets must be given without --window, got both"),
+        (run_model, ["--dump=d.npz", "--verify"], "--dump must be given without --verify, got both"),
         (run_model, ["--window", "--seq-len=257"], "--seq-len must be from 1 to the context (256), got 257"),
         (run_model, ["--buckets=x"], "--buckets: must be whole numbers separated by commas, got 'x'"),
         (run_model, ["--buckets=8,512"], "--buckets must be from 1 to the context (256), got 8,512"),
@@ -160,11 +168,12 @@ def test_each_text_of_a_batch_ends_by_itself(run, tmp_path):
         (bench, ["--new-tokens=1"], "--new-tokens must be from 2 to 240, got 1"),
         (bench, ["--new-tokens=241"], "--new-tokens must be from 2 to 240, got 241"),
         (bench, ["--rounds=0"], "--rounds must be 1 or more, got 0"),
-        (bench, ["--device=tpu"], "--device must be auto, cpu or neuron, got tpu"),
+        (bench, ["--device=tpu"], "--device must be auto, cpu, xla or neuron, got tpu"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(script, flags, message, run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compiler, "find_spec", lambda name: None)
     status, out, err = run(NANO, *flags, script=script)
     assert status == 2 and out == "" and message in err
     assert err.count("\n") == 1 and not list(Path().iterdir())
