@@ -26,27 +26,27 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}  # what 
 PROMPT = 16
 
 
-def load(folder, dtype, device="auto"):
+def load(folder: Path, dtype: str, device: str = "auto") -> sampler.Engine:
     return sampler.load(folder, dtype, device)
 
 
-def describe(engine):
+def describe(engine: sampler.Engine) -> str:
     return engine.describe()
 
 
-def step_bytes(engine):
+def step_bytes(engine: sampler.Engine) -> int:
     """What a decode step reads of the weights: of the position embeddings, one row."""
     wpe = engine.params["wpe"]
     return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)) - wpe.nbytes + wpe[0].nbytes
 
 
-def greedy(engine, ids, count):
+def greedy(engine: sampler.Engine, ids: list[int], count: int) -> list[int]:
     """The greedy continuation of ids, count tokens, by the compiled loop that sample.py runs."""
     chunks = sampler.generate(engine.model, engine.params, ids, count, sampling=sampler.Sampling(temperature=0))
     return np.concatenate([tokens[0] for tokens, _ in chunks]).tolist()
 
 
-def score(engine, ids):
+def score(engine: sampler.Engine, ids: list[int]) -> np.ndarray:
     """The logits after each of ids [T, V], token by token, with the cache."""
     return np.concatenate([engine.prefill([ids[:1]]), *(engine.decode(np.array([token])) for token in ids[1:])])
 

@@ -15,19 +15,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 
-from jax_nanogpt import narrow, sampler, weight_loader
-from jax_nanogpt.device import DEVICES, choose_devices, describe
+from jax_nanogpt import sampler, weight_loader
+from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.files import save_dump
+from jax_nanogpt.kernels import unpack
 from jax_nanogpt.model import GPT, count_params
+from jax_nanogpt.runtime import DEVICES, choose_devices, describe
 from jax_nanogpt.sampler import Sampling
 from shared.sampling import check_sampling
-from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
+from shared.tokenizer import BPE, Characters, Stream, encode_prompt, find_model, load_tokenizer
 
 # of --verify: differences of logits, relative to the largest
 LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, "int8": 5e-2}
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     # usage=SUPPRESS: an error is one line
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,7 +57,7 @@ def dashed(argv):
     return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 
-def check(args):
+def check(args: argparse.Namespace) -> None:
     if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
         raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -69,13 +71,11 @@ def check(args):
         raise ValueError(f"--dump must be a file in an existing folder, got {args.dump}")
 
 
-def load(args, dtype):
+def load(args: argparse.Namespace, dtype: str) -> tuple:
     """(name, why the default is this one, the tokenizer's folder, GPTConfig, params) of --model or --out-dir; for int8
     in float32."""
     dtype = "float32" if dtype == "int8" else dtype
     if args.model == "resume" or args.model is None and args.out_dir:
-        from jax_nanogpt.checkpoint import Checkpoints  # here, since importing Orbax takes a second
-
         out_dir = args.out_dir or "out"
         checkpoints = Checkpoints(out_dir)
         step = checkpoints.best()
@@ -84,11 +84,11 @@ def load(args, dtype):
     return found.name, "" if args.model else f"; {found.why}", found.folder, *weight_loader.load(found.folder, dtype)
 
 
-def read_prompt(text):
+def read_prompt(text: str) -> str:
     return Path(text[5:]).read_text(encoding="utf-8") if text.startswith("FILE:") else text
 
 
-def extend(sample, tokens, end):
+def extend(sample: list[int], tokens: list[int], end: int | None) -> None:
     """Appends the tokens up to and with end; a sample that has ended stays as it is."""
     for token in tokens:
         if sample[-1:] == [end]:
@@ -96,20 +96,22 @@ def extend(sample, tokens, end):
         sample.append(token)
 
 
-def generate(args, model, params, tokenizer, prompt):
+def generate(
+    args: argparse.Namespace, model: GPT, params: dict, tokenizer: BPE | Characters, prompt: list[int]
+) -> None:
     """Prints the samples, the first of them as it is generated; saves --dump."""
     end = None if args.ignore_eos else tokenizer.eot
     samples, rows, stream = [[] for _ in range(args.num_samples)], [], Stream(tokenizer)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     print(args.prompt, end="", flush=True)
-    chunks = sampler.generate(model, params, prompt, args.max_new_tokens, args.num_samples, sampling, args.seed)
-    for tokens, logits in chunks:
+    settings = {"samples": args.num_samples, "sampling": sampling, "seed": args.seed, "kept": int(bool(args.dump))}
+    for tokens, logits in sampler.generate(model, params, prompt, args.max_new_tokens, **settings):
         shown = len(samples[0])
         for sample, new in zip(samples, tokens.tolist(), strict=True):
             extend(sample, new, end)
         new = samples[0][shown:]
         if args.dump:
-            rows.append(logits[0, : len(new)].copy())  # a view would keep the logits of all samples
+            rows.append(logits[0, : len(new)])
         print("".join(stream.push(token) for token in new if token != end), end="", flush=True)
         if all(sample[-1] == end for sample in samples):
             break
@@ -121,10 +123,10 @@ def generate(args, model, params, tokenizer, prompt):
         save_dump(args.dump, prompt, samples[0], np.concatenate(rows))
 
 
-def verify(model, params, exact, prompt, limit):
+def verify(model: GPT, params: dict, exact: dict, prompt: list[int], limit: float) -> int:
     """The difference of the logits from those of float32 on the CPU, with the params exact; status 1 if too large."""
     tokens = np.array([prompt[-model.config.block_size :]])
-    logits, _ = jax.jit(model.apply)({"params": jax.jit(narrow.unpack)(params)}, tokens)
+    logits, _ = jax.jit(model.apply)({"params": jax.jit(unpack)(params)}, tokens)
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
         plain = GPT(replace(model.config, dtype="float32"))
@@ -137,7 +139,7 @@ def verify(model, params, exact, prompt, limit):
     return int(not apart <= limit)  # NaN is not
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int | None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character
     parser = make_parser()
     args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
@@ -158,6 +160,8 @@ def main(argv=None):
         if args.verify:
             return verify(model, params, exact, prompt, LIMITS[args.dtype])
         return generate(args, model, params, tokenizer, prompt)
+    except FloatingPointError as error:  # weights that are finite, and too large
+        parser.error(f"{folder}: {error}")
     except OSError as error:  # a full disk
         parser.error(str(error))
 

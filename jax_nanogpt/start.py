@@ -7,35 +7,38 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import optax
 
 from jax_nanogpt import weight_loader
-from jax_nanogpt.checkpoint import Checkpoints
-from jax_nanogpt.mesh import init_sharded, shapes_on, shard
+from jax_nanogpt.checkpoint import Checkpoints, folder_of, steps_in
+from jax_nanogpt.config import Config
 from jax_nanogpt.metrics import log
 from jax_nanogpt.model import GPTConfig, init_params
+from jax_nanogpt.sharding import init_sharded, shapes_on, shard
 from shared.tokenizer import find_model, load_tokenizer
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 # settings that a resumed run may change without a message
 MAY_CHANGE = {"out_dir", "init_from", "dataset", "eval_interval", "eval_iters", "eval_only", "max_iters"}
-MAY_CHANGE |= {"device", "mesh", "coordinator", "num_processes", "process_id", "iters_per_call"}
+MAY_CHANGE |= {"device", "mesh", "coordinator", "num_processes", "process_id", "iters_per_call", "resume"}
+MAY_CHANGE |= {"log_interval", "profile"}
 MAY_CHANGE |= {*SIZES, "bias"}  # they are the checkpoint's own
 
 
 class Start(NamedTuple):
     model_config: GPTConfig
     tokenizer_folder: Path
-    params: dict | None = None  # a GPT-2's
+    params: dict | None = None  # a GPT-2's, until first_state has sharded them
     checkpoints: Checkpoints | None = None  # to resume from
 
 
-def find_start(config, dataset):
+def find_start(config: Config, dataset: Path) -> Start:
     tokenizer = load_tokenizer(dataset)
-    if config.init_from == "scratch":
+    if config.init_from == "resume" or config.resume and steps_in(folder_of(config.out_dir)):
+        start = find_checkpoint(config)
+    elif config.init_from == "scratch":
         sizes = {key: getattr(config, key) for key in SIZES}
         start = Start(GPTConfig(vocab_size=tokenizer.n_vocab, bias=config.bias, **sizes), dataset)
-    elif config.init_from == "resume":
-        start = find_checkpoint(config)
     else:
         folder = find_model(config.init_from).folder
         model_config, params = weight_loader.crop(*weight_loader.load(folder), config.block_size)
@@ -47,7 +50,7 @@ def find_start(config, dataset):
     return start._replace(model_config=replace(start.model_config, **training))
 
 
-def find_checkpoint(config):
+def find_checkpoint(config: Config) -> Start:
     out_dir = config.out_dir
     checkpoints = Checkpoints(out_dir) if config.eval_only else Checkpoints.resume(out_dir)
     iteration, about = checkpoints.newest(checkpoints.about)
@@ -64,13 +67,15 @@ def find_checkpoint(config):
     return Start(GPTConfig(**about["model"]), Path(out_dir), checkpoints=checkpoints)
 
 
-def log_changes(settings, former):
+def log_changes(settings: dict, former: dict) -> None:
     changes = [f"{key} {settings[key]} (was {was})" for key, was in former.items() if settings.get(key, was) != was]
     if changes:
         log(f"settings changed since the former run: {', '.join(changes)}", sys.stderr)
 
 
-def first_state(config, start, mesh, optimizer):
+def first_state(
+    config: Config, start: Start, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
+) -> tuple[int, dict, optax.OptState | None]:
     """(iteration, params, opt_state), each array sharded over the mesh."""
     init, key = partial(init_params, start.model_config), jax.random.key(config.seed)
     like = {"params": shapes_on(mesh, init, key)}
@@ -80,4 +85,6 @@ def first_state(config, start, mesh, optimizer):
         iteration, state = start.checkpoints.newest(partial(start.checkpoints.restore, like))
         return iteration, state["params"], state.get("opt_state")
     params = shard(start.params, like["params"]) if start.params else init_sharded(like["params"], init, key)
+    if start.params:
+        start.params.clear()  # else the source would stay in memory during the whole run
     return 0, params, None if config.eval_only else init_sharded(like["opt_state"], optimizer.init, params)

@@ -22,15 +22,16 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
+from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_file, write_text
 from jax_nanogpt.model import GPTConfig
-from shared.tokenizer import END_OF_TEXT, byte_of_character, load_tokenizer
+from shared.tokenizer import BPE, END_OF_TEXT, byte_of_character, load_tokenizer
 
 FLOAT_NAMES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  # in the file
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def load_file(file):
+def load_file(file: Path) -> dict[str, np.ndarray]:
     """Like safetensors', which maps the file into memory and copies it: a float tensor is read once, to an address that
     JAX takes over without another copy. Raises a ValueError for a dtype that NumPy lacks, such as float8_e4m3fn."""
     tensors = {}
@@ -49,14 +50,14 @@ def load_file(file):
     return tensors
 
 
-def other_tensor(file, header, name):
+def other_tensor(file: Path, header: safe_open, name: str) -> np.ndarray:
     try:
         return header.get_tensor(name)
     except AttributeError as error:
         raise ValueError(f"{file}: {name} must be floating-point, got {error.name}") from None
 
 
-def aligned(size):
+def aligned(size: int) -> np.ndarray:
     """Bytes at a multiple of 64."""
     spare = np.empty(size + 64, np.uint8)
     start = -spare.ctypes.data % 64
@@ -174,11 +175,11 @@ def check_tensor(name, tensor, shape):
         raise ValueError(f"{name} holds NaN or infinity")
 
 
-def all_finite(array):
+def all_finite(array: np.ndarray) -> bool:
     return np.isfinite(array).all()
 
 
-def param_path(name):
+def param_path(name: str) -> tuple[str, ...]:
     """The keys in params of a checkpoint's tensor."""
     if name in ("wte.weight", "wpe.weight"):
         return (name.removesuffix(".weight"),)
@@ -188,7 +189,7 @@ def param_path(name):
     return (*module, kind)
 
 
-def load(folder, dtype="float32"):
+def load(folder: Path, dtype: str = "float32") -> tuple[GPTConfig, dict]:
     """A checkpoint folder -> (GPTConfig, params), parameters and arithmetic in dtype; ValueError says what is wrong."""
     config = read_config(folder)
     tensors = read_tensors(folder, config)
@@ -196,14 +197,21 @@ def load(folder, dtype="float32"):
     return replace(config, dtype=dtype), unflatten_dict(params)
 
 
-def crop(config, params, block_size):
+def crop(config: GPTConfig, params: dict, block_size: int) -> tuple[GPTConfig, dict]:
     """The same model with a shorter context: position embeddings are learned, and the first ones suffice."""
     if block_size > config.block_size:
         raise ValueError(f"block_size must be at most this checkpoint's {config.block_size}, got {block_size}")
     return replace(config, block_size=block_size), {**params, "wpe": params["wpe"][:block_size]}
 
 
-def save(folder, config, params, tokenizer_folder=None, eot=None, dtype="float32"):
+def save(
+    folder: Path,
+    config: GPTConfig,
+    params: dict,
+    tokenizer_folder: Path | None = None,
+    eot: int | None = None,
+    dtype: str = "float32",
+) -> None:
     """Writes what transformers' from_pretrained loads, config.json last.
 
     tokenizer_folder is where vocab.json and so on are copied from, eot the id of <|endoftext|> if there is one.
@@ -223,7 +231,7 @@ def save(folder, config, params, tokenizer_folder=None, eot=None, dtype="float32
     write_text(folder / "config.json", json.dumps(hf_config(config, eot, dtype), indent=2) + "\n")
 
 
-def hf_config(config, eot, dtype):
+def hf_config(config: GPTConfig, eot: int | None, dtype: str) -> dict:
     """The content of config.json."""
     return {key: values[0] for key, values in FIXED.items()} | {
         "architectures": ["GPT2LMHeadModel"],
@@ -239,7 +247,7 @@ def hf_config(config, eot, dtype):
     }
 
 
-def write_vocabulary(folder, tokenizer):
+def write_vocabulary(folder: Path, tokenizer: BPE) -> None:
     """vocab.json and merges.txt of a BPE, which keeps ranks alone: a token's merge is the pair of parts that remains
     when all merges of lower rank are done."""
     ranks = {tokenizer.to_bytes(id): id for id in range(tokenizer.n_vocab) if id != tokenizer.eot}
@@ -257,7 +265,7 @@ def write_vocabulary(folder, tokenizer):
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -266,8 +274,6 @@ def main(argv=None):
     add("--to", required=True, help="the folder to write, in Hugging Face's format")
     add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    from jax_nanogpt.checkpoint import Checkpoints  # here, since importing Orbax takes a second
-
     try:
         checkpoints = Checkpoints(args.out_dir)
         config, params = checkpoints.restore_model(checkpoints.best())

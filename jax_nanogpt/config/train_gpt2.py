@@ -5,8 +5,8 @@ dataset = "openwebtext"
 eval_interval = 1000
 eval_iters = 200
 
-batch_size = 32  # on one GPU of 80 GB; several share it
-gradient_accumulation_steps = 15
+batch_size = 32  # on each GPU of 80 GB
+gradient_accumulation_steps = 16  # in all: 8 GPUs take two each
 block_size = 1024
 max_iters = 600000
 lr_decay_iters = 600000

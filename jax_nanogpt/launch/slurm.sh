@@ -5,7 +5,7 @@
 #
 # JAX reads the address of process 0, the number of processes and each one's GPU from Slurm's variables; out_dir is on a
 # disk that all machines see. Two minutes before the time limit Slurm sends SIGTERM: the processes save and stop. After
-# a machine has failed Slurm starts the job again, and it resumes from the last checkpoint.
+# a machine has failed Slurm starts the job again: it resumes from the last checkpoint, or starts over if there is none.
 #SBATCH --job-name=jax_nanogpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -19,6 +19,6 @@
 set -eu
 cd "$SLURM_SUBMIT_DIR"
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    set -- "$@" --init_from=resume
+    set -- "$@" --resume
 fi
 srun --kill-on-bad-exit=1 python train.py "$@" --coordinator=auto

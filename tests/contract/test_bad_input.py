@@ -23,7 +23,7 @@ WORDS = {  # of a good run
     "--block_size=8 --batch_size=2 --gradient_accumulation_steps=1 --max_iters=2 --iters_per_call=2 --eval_interval=2 "
     "--eval_iters=1 --dtype=float32",
     "jax_nanogpt/weight_loader.py": "--out_dir=out --to=exported",
-    "jax_nanogpt/plan.py": "",
+    "jax_nanogpt/eval.py": "--model=model --input=text.txt",
     "neuron_nanogpt/sample.py": "--model=model --prompt=To --max-new-tokens=2 --temperature=0",
 }
 WORDS |= {f"{project}/bench.py": "--model=nothing" for project in EXAMPLES}  # a good run takes minutes

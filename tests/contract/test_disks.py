@@ -1,5 +1,6 @@
 """Folders that cannot be read or written, full disks: one line that names the file, and nothing half-written."""
 
+import os
 import resource
 import subprocess
 from contextlib import contextmanager
@@ -101,4 +102,6 @@ def test_what_is_compiled_and_cannot_be_kept(project, pythons, tmp_path, tokens)
             continue
         said = ["the next run compiles again: "] if project == "tripy_nanogpt" else []
         assert status == 0 and errors.count("\n") == len(said) and all(words in errors for words in said), errors
-        assert place.dump(dump["dump"])["tokens"].tolist() == tokens[:2] and not place.stray()
+        kept_elsewhere = f"{place.temporary}/cache-{os.getuid()}/jax_nanogpt/"  # without a home that can be written
+        assert not [path for path in place.stray() if not path.startswith(kept_elsewhere)]
+        assert place.dump(dump["dump"])["tokens"].tolist() == tokens[:2]

@@ -1,13 +1,18 @@
 """No test uses the network, and none compiles a program that another test has compiled."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pydoc_data.topics import topics
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
+# in all processes of the tests: XLA compiles in half the time; its usual programs are those of the READMEs' commands
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jax_nanogpt import metrics, train
 from jax_nanogpt.data.corpus import write_characters
@@ -36,7 +41,7 @@ def one_optimizer_per_settings():
 
     def make_once(config):
         names = "optimizer learning_rate muon_lr muon_momentum muon_weight_decay weight_decay beta1 beta2 grad_clip"
-        names += " schedule warmup_iters lr_decay_iters min_lr"
+        names += " schedule warmup_iters lr_decay_iters min_lr dtype"
         key = tuple(getattr(config, name) for name in names.split())
         if key not in made:
             made[key] = make(config)
@@ -79,3 +84,23 @@ def run(dataset, monkeypatch, capsys):
         return printed
 
     return call
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk with room for two checkpoints and no third, and a function that makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """JAX asks its own cuDNN for its version, and the GPU for its capability; there is neither."""
+    version = type("Version", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
+    monkeypatch.setattr(cudnn, "cuda_versions", version)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)

@@ -3,18 +3,21 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from jax_nanogpt import checkpoint
 from jax_nanogpt.checkpoint import CheckpointError, Checkpoints, last_good, steps_in
 from jax_nanogpt.files import copy_files, write_file, write_text
 
 
-def save(checkpoints, losses):
+def save(checkpoints, losses, size=3):
     for step, loss in losses.items():
-        arrays = {"w": np.full(3, step, np.float32)}
+        arrays = {"w": np.full(size, step, np.float32)}
         checkpoints.save(step, arrays, arrays, {"model": {}}, loss)
 
 
@@ -77,15 +80,21 @@ def test_a_folder_that_another_process_trains_in_can_be_read_but_not_written(out
     assert Checkpoints.resume(out_dir).last() == 1
 
 
-def test_the_newest_step_that_can_be_read_is_taken_and_damaged_ones_are_moved_aside(out_dir, capsys):
-    save(Checkpoints.start(out_dir), {1: 1.0, 2: 2.0, 3: 3.0})
+def reader_that_fails(errors):
+    """read(step) for Checkpoints.newest, which raises errors[step]."""
 
     def read(step):
-        if step == 3:
-            raise ValueError("bytes are lost\nmore lines")
+        if step in errors:
+            raise errors[step]
         return f"step {step}"
 
-    damage = f"iteration 3 in {out_dir} is damaged (bytes are lost)"
+    return read
+
+
+def test_a_damaged_newest_step_is_moved_aside_and_the_one_before_is_read(out_dir, capsys):
+    save(Checkpoints.start(out_dir), {1: 1.0, 2: 2.0, 3: 3.0})
+    read = reader_that_fails({3: ValueError("DATA_LOSS: bytes are lost\nmore lines")})
+    damage = f"iteration 3 in {out_dir} is damaged (DATA_LOSS: bytes are lost)"
     with pytest.raises(CheckpointError) as caught:
         Checkpoints(out_dir).newest(read)
     assert str(caught.value).startswith(f"{damage}; train.py --init_from=resume")
@@ -93,6 +102,95 @@ def test_the_newest_step_that_can_be_read_is_taken_and_damaged_ones_are_moved_as
     assert Checkpoints.resume(out_dir).newest(read) == (2, "step 2")
     assert capsys.readouterr().err == f"{damage}: moved to checkpoints.damaged/3\n"
     assert steps_in(out_dir / "checkpoints") == [1, 2] and steps_in(out_dir / "checkpoints.damaged") == [3]
+
+
+def restore(checkpoints):
+    arrays = {"w": jax.ShapeDtypeStruct((3,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
+    checkpoints.newest(checkpoints.about)
+    step, state = checkpoints.newest(partial(checkpoints.restore, {"params": arrays, "opt_state": arrays}))
+    return step, [state[item]["w"].tolist() for item in ("params", "opt_state")]
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(bytes(path.stat().st_size)), Path.unlink])
+def test_no_file_of_a_step_is_lost_unnoticed(harm, out_dir, tmp_path):
+    """Its bytes or all of it, without the file's size to tell: each reads as it was saved, or as the step before."""
+    save(Checkpoints.start(out_dir), {1: 1.0, 2: 2.0})
+    (out_dir / "checkpoints" / "2" / "sizes.json").unlink()
+    files, moved = [path for path in (out_dir / "checkpoints" / "2").rglob("*") if path.is_file()], 0
+    for number, file in enumerate(files):
+        copy = tmp_path / f"copy {number}"
+        shutil.copytree(out_dir, copy)
+        harm(copy / file.relative_to(out_dir))
+        step, arrays = restore(Checkpoints.resume(copy))
+        assert arrays == [[step] * 3] * 2
+        assert steps_in(copy / "checkpoints.damaged") == ([2] if step == 1 else [])
+        moved += step == 1
+    assert moved >= 5
+
+
+def test_a_step_of_another_shape_is_damaged(out_dir):
+    save(Checkpoints.start(out_dir), {1: 1.0})
+    save(Checkpoints.resume(out_dir), {2: 1.0}, size=4)
+    assert restore(Checkpoints.resume(out_dir))[0] == 1
+
+
+NOT_DAMAGE = [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes"),
+    ValueError("RESOURCE_EXHAUSTED: Error opening kvstore: Too many open files [OS error 24: EMFILE]"),
+    ValueError("UNKNOWN: Error reading local file: Input/output error [OS error 5: EIO]"),
+    PermissionError(13, "Permission denied"),
+    OSError(5, "Input/output error"),
+    MemoryError(),
+    KeyError("model"),
+    TypeError("of a bug"),
+    ValueError("of a bug"),
+]
+
+
+@pytest.mark.parametrize("error", NOT_DAMAGE, ids=lambda error: f"{type(error).__name__} {str(error)[:20]}")
+def test_an_error_that_is_no_damage_is_raised_and_moves_nothing(error, out_dir):
+    save(Checkpoints.start(out_dir), {1: 1.0, 2: 2.0})
+    for open_folder in Checkpoints, Checkpoints.resume:
+        with pytest.raises(type(error)) as caught:
+            open_folder(out_dir).newest(reader_that_fails({2: error}))
+        assert caught.value is error
+    assert steps_in(out_dir / "checkpoints") == [1, 2] and not (out_dir / "checkpoints.damaged").exists()
+
+
+def test_two_damaged_steps_in_a_row_are_for_a_person_to_judge(out_dir, capsys):
+    save(Checkpoints.start(out_dir), {1: 1.0, 2: 2.0, 3: 3.0})
+    read = reader_that_fails({step: ValueError(f"DATA_LOSS: {step}") for step in (1, 2, 3)})
+    remedy = f"move {out_dir / 'checkpoints' / '2'} away to resume from the one before"
+    for _ in range(2):  # a job that is started again moves no more
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoints.resume(out_dir).newest(read)
+        assert str(caught.value) == f"iteration 2 in {out_dir} is damaged (DATA_LOSS: 2) too; {remedy}"
+    assert steps_in(out_dir / "checkpoints") == [1, 2] and steps_in(out_dir / "checkpoints.damaged") == [3]
+
+
+def test_the_only_step_is_not_moved(out_dir):
+    save(Checkpoints.start(out_dir), {1: 1.0})
+    with pytest.raises(CheckpointError, match=r"is damaged \(DATA_LOSS: lost\), and it is the only one left"):
+        Checkpoints.resume(out_dir).newest(reader_that_fails({1: ValueError("DATA_LOSS: lost")}))
+    assert steps_in(out_dir / "checkpoints") == [1]
+
+
+def test_a_step_without_a_val_loss_is_one_of_the_last_and_never_the_best(out_dir):
+    save(Checkpoints.start(out_dir), {1: None})
+    assert Checkpoints(out_dir).best() == Checkpoints(out_dir).last() == 1
+    save(Checkpoints.resume(out_dir), {2: 2.0, 3: None, 4: 4.0, 5: None})
+    reader = Checkpoints(out_dir)
+    assert steps_in(out_dir / "checkpoints") == [2, 4, 5]
+    assert (reader.best(), reader.last(), reader.val_loss(4), reader.val_loss(5)) == (2, 5, 4.0, None)
+
+
+def test_a_model_is_restored_to_the_device_that_was_chosen(out_dir, monkeypatch):
+    save(Checkpoints.start(out_dir), {1: 1.0})
+    devices, chosen = [], object()
+    monkeypatch.setattr(checkpoint, "default_device", lambda: chosen)
+    monkeypatch.setattr(checkpoint, "SingleDeviceSharding", lambda device: devices.append(device))
+    Checkpoints(out_dir).restore_model(1)
+    assert devices == [chosen]
 
 
 def test_a_failed_save_leaves_the_steps_before_and_no_temporary_folder(out_dir, monkeypatch):
@@ -107,6 +205,20 @@ def test_a_failed_save_leaves_the_steps_before_and_no_temporary_folder(out_dir, 
     with pytest.raises(OSError, match="^iteration 2 could not be saved: No space left on device$"):
         save(checkpoints, {2: 1.0})
     assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_an_error_of_a_device_or_another_process_is_no_full_disk(kind, out_dir, monkeypatch):
+    checkpoints, lost = Checkpoints.start(out_dir), kind("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+
+    def fail(*args, **rest):
+        raise lost
+
+    monkeypatch.setattr(checkpoints.manager, "save", fail)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(kind) as caught:
+        save(checkpoints, {2: 1.0})
+    assert caught.value is lost
 
 
 def test_a_folder_without_a_run_is_refused(out_dir):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_nanogpt.configurator import configure
+from jax_nanogpt.config import configure
 from jax_nanogpt.train import Config
 
 PROJECT = Path(__file__).resolve().parents[2] / "jax_nanogpt"
@@ -107,6 +107,7 @@ def test_the_config_files_hold_known_settings_within_limits(path):
         ("--process_id=1", "process_id must be below num_processes (1), got 1"),
         ("--n_head=5", "n_embd must be a multiple of n_head (5), got 768"),
         ("--out_dir=", "out_dir must be a folder, got ''"),
+        (f"--profile={PROJECT / 'train.py'}", "profile must be a folder, got "),
         ("--seed=18446744073709551616", "seed must be below 2**63, got 18446744073709551616"),
     ],
 )

@@ -13,10 +13,10 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
+from jax_nanogpt.batches import cut, draw_starts
 from jax_nanogpt.data import corpus
 from jax_nanogpt.data.nano import prepare as nano
 from jax_nanogpt.data.openwebtext import prepare as openwebtext
-from jax_nanogpt.dataset import cut, draw_starts
 from jax_nanogpt.train import Config
 from shared.tokenizer import find_model, load_tokenizer
 

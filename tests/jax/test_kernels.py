@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from jax_nanogpt import bench_gpu, bench_step, kernels
-from jax_nanogpt.device import has_bfloat16
+from jax_nanogpt import kernels
+from jax_nanogpt.benchmarks import gpu as bench_gpu
+from jax_nanogpt.benchmarks import step as bench_step
 from jax_nanogpt.kernels import dot_general, fused_attend
+from jax_nanogpt.loss import mean_loss
 from jax_nanogpt.model import GPT, GPTConfig, Kernels, attend, init_params
-from jax_nanogpt.train import Config, losses
+from jax_nanogpt.runtime import has_bfloat16
+from jax_nanogpt.train import Config
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +33,8 @@ def test_the_loss_and_gradients_of_a_model_are_those_without_kernels(dtype, tole
     params = init_params(config, jax.random.key(0))
 
     def loss_and_gradients(kernels):
-        loss = lambda p: losses(GPT(config, kernels), p, examples, jax.random.key(1)).mean()  # noqa: E731
+        rows, key = jnp.arange(4, dtype=jnp.uint32), jax.random.key(1)
+        loss = lambda p: mean_loss(GPT(config, kernels), p, examples, rows, key)  # noqa: E731
         return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params))
 
     for ours, theirs in zip(*map(loss_and_gradients, (Kernels(dot_general=dot_general), Kernels())), strict=True):
@@ -53,17 +56,24 @@ def test_no_bfloat16_product_is_computed_in_float32(dimensions):
 
 
 def test_each_device_and_dtype_has_its_kernels(monkeypatch):
-    def on(platform, version, dtype, instructions=True):
+    def on(platform, version, dtype, instructions=True, capability="9.0"):
         monkeypatch.setattr(kernels, "has_bfloat16", lambda: instructions)
         client = SimpleNamespace(platform_version=version)
-        return kernels.choose_kernels(SimpleNamespace(platform=platform, client=client), dtype)
+        device = SimpleNamespace(platform=platform, client=client, compute_capability=capability)
+        return kernels.choose_kernels(device, dtype)
 
-    plain, rows, fused = Kernels(), Kernels(dot_general=dot_general), Kernels(attend=fused_attend)
+    plain, rows, tiles = Kernels(), Kernels(dot_general=dot_general), Kernels(vocab_multiple=128)
+    fused = replace(tiles, attend=fused_attend)
     assert on("cpu", "", "float32", False) == on("cpu", "", "float16", False) == on("cpu", "", "bfloat16") == rows
     assert on("cpu", "", "bfloat16", False) == plain
     assert on("gpu", "PJRT\ncuda 12090", "bfloat16") == on("gpu", "cuda 13000", "float16") == fused
-    assert on("gpu", "cuda 12090", "float32") == on("gpu", "rocm 60300", "bfloat16") == plain
-    assert on("tpu", "", "bfloat16") == on("tpu", "", "float32") == plain
+    assert on("gpu", "cuda 12090", "bfloat16", capability="8.0") == on(
+        "gpu", "cuda 12090", "bfloat16", capability="12.0"
+    )
+    assert on("gpu", "cuda 12090", "bfloat16", capability="12.0") == fused
+    assert on("gpu", "cuda 12090", "bfloat16", capability="7.5") == tiles  # Turing
+    assert on("gpu", "cuda 12090", "float32") == on("gpu", "rocm 60300", "bfloat16") == tiles
+    assert on("tpu", "", "bfloat16") == on("tpu", "", "float32") == tiles
     assert kernels.choose_kernels(jax.devices("cpu")[0], "float32") == rows
 
 
@@ -91,17 +101,15 @@ def test_what_cudnn_cannot_do_is_left_to_the_model(width, slots, dropout, monkey
     np.testing.assert_array_equal(fused_attend(q, k, v, visible, dropout), attend(q, k, v, visible, dropout))
 
 
-def test_on_an_nvidia_gpu_attention_is_cudnns_forward_and_back(monkeypatch):
-    """The program for CUDA, lowered here; JAX asks its own cuDNN for its version, and there is none."""
-    version = type("Version", (), {"cudnn_get_version": staticmethod(lambda: 91000)})
-    monkeypatch.setattr(cudnn, "cuda_versions", version)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+@pytest.mark.usefixtures("with_cudnn")
+def test_on_an_nvidia_gpu_attention_is_cudnns_forward_and_back():
+    """The program for CUDA, lowered here."""
     config = replace(MODEL, block_size=64, dropout=0.0, dtype="bfloat16")
     params = init_params(config, jax.random.key(0))
 
     def program(kernels):
         model = GPT(config, kernels)
-        step = jax.jit(jax.grad(lambda p, tokens: model.apply({"params": p}, tokens, train=True)[0].mean()))
+        step = jax.jit(jax.grad(lambda p, tokens: model.apply({"params": p}, tokens)[0].mean()))
         return step.trace(params, jnp.zeros((2, 64), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
 
     text = program(Kernels(attend=fused_attend))

@@ -12,9 +12,8 @@ import transformers
 from jax._src.ad_checkpoint import saved_residuals
 
 from jax_nanogpt import weight_loader
-from jax_nanogpt.dropout import Dropout
-from jax_nanogpt.model import GPT, GPTConfig, attend, count_params, flops_per_token, init_cache, init_params
-from jax_nanogpt.train import losses
+from jax_nanogpt.loss import losses, mean_loss
+from jax_nanogpt.model import GPT, Dropout, GPTConfig, attend, count_params, flops_per_token, init_cache, init_params
 from tests.jax import reference
 
 pytestmark = pytest.mark.engine
@@ -98,10 +97,11 @@ def test_the_arithmetic_of_a_training_step_is_what_xla_counts():
 
 
 def test_remat_has_the_same_gradients_and_keeps_less_for_the_backward_pass(params):
-    examples, found, kept = np.random.default_rng(0).integers(50, size=(4, 17)), {}, {}
+    examples, rows = np.random.default_rng(0).integers(50, size=(4, 17)), jnp.arange(4, dtype=jnp.uint32)
+    found, kept = {}, {}
     for remat in False, True:
         model = GPT(replace(TINY, dropout=0.1, remat=remat))
-        loss = lambda p, model=model: losses(model, p, examples, jax.random.key(1)).mean()  # noqa: E731
+        loss = lambda p, model=model: mean_loss(model, p, examples, rows, jax.random.key(1))  # noqa: E731
         found[remat] = jax.jit(jax.value_and_grad(loss))(params)
         kept[remat] = sum(array.size for array, _ in saved_residuals(loss, params))
     for with_remat, without in zip(jax.tree.leaves(found[True]), jax.tree.leaves(found[False]), strict=True):
@@ -142,7 +142,7 @@ def test_training_drops_where_transformers_does_and_each_mask_is_another(params,
     config, tokens = replace(TINY, dropout=0.5), np.random.default_rng(0).integers(50, size=(4, 16))
     masks = []
     for seed in 0, 1:
-        found = dropped(config, train=True, rngs={"dropout": jax.random.key(seed)})
+        found = dropped(config, rows=jnp.arange(4, dtype=jnp.uint32), rngs={"dropout": jax.random.key(seed)})
         assert [shape for shape, _ in found] == shapes
         masks += [mask for shape, mask in found if shape == (4, 16, 32)]
     assert len(masks) == 2 * 5

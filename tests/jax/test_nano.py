@@ -1,7 +1,6 @@
 """checkpoints/gpt2-nano: its size and format, the same ids from transformers, and its bits per byte."""
 
 import json
-import math
 import re
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -14,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from jax_nanogpt import weight_loader
+from jax_nanogpt import eval, weight_loader
 from jax_nanogpt.data import corpus
-from jax_nanogpt.data.nano.bits import bits
-from jax_nanogpt.model import GPTConfig, count_params, init_params
+from jax_nanogpt.eval import text_losses
+from jax_nanogpt.model import GPT, GPTConfig, count_params, init_params
 from shared.tokenizer import find_model, load_tokenizer
 from tests.jax.reference import forward
 
@@ -55,28 +54,26 @@ def test_autotokenizer_has_the_same_end_of_text():
     assert TOKENIZER.eot not in TOKENIZER.encode("<|endoftext|>")
 
 
-def test_it_predicts_the_held_out_help_as_well_as_its_card_says():
+def test_it_predicts_the_held_out_help_as_well_as_its_card_says(capsys):
     """Python's texts differ a little between versions, and so does the figure."""
-    names = read_json("heldout.json")["pydoc_data.topics"]["topics"]
-    texts = [topics[name] for name in names if name in topics]
-    model = weight_loader.load(FOLDER)
-    found = sum(bits(*model, TOKENIZER, text) for text in texts) / sum(len(text.encode("utf-8")) for text in texts)
+    eval.main(["--model=gpt2-nano"])
+    (found,) = re.findall(r" (\d\.\d+) bits per byte$", capsys.readouterr().out, re.M)
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     (stated,) = re.findall(r"Python's help: (\d\.\d+) bits per byte", card)
-    assert found == pytest.approx(float(stated), abs=0.05)
+    assert float(found) == pytest.approx(float(stated), abs=0.05)
 
 
 @pytest.mark.parametrize("length", [1, 2, 1500])
-def test_bits_count_every_token_once_and_from_half_a_context(length):
+def test_a_texts_losses_are_of_every_token_once_and_from_half_a_context(length):
     config = GPTConfig(block_size=256, vocab_size=TOKENIZER.n_vocab, n_layer=1, n_head=1, n_embd=16)
     params = jax.tree.map(lambda x: 10 * x, init_params(config, jax.random.key(0)))  # so that the context matters
     text = Path(corpus.__file__).read_text(encoding="utf-8")[:length]
     ids = [TOKENIZER.eot, *TOKENIZER.encode(text)]
-    expected = 0.0
+    expected = []
     for place in range(1, len(ids)):
         start = max(0, (place - 1) // 128 - 1) * 128
         window = np.zeros((1, 256), np.int32)
         window[0, : place - start] = ids[start:place]
         logits = forward(config, params, window)
-        expected -= float(jax.nn.log_softmax(logits[0, place - start - 1])[ids[place]]) / math.log(2)
-    assert bits(config, params, TOKENIZER, text) == pytest.approx(expected, rel=1e-4)
+        expected.append(-float(jax.nn.log_softmax(logits[0, place - start - 1])[ids[place]]))
+    np.testing.assert_allclose(text_losses(GPT(config), params, np.array(ids)), expected, rtol=1e-3)

@@ -9,11 +9,11 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jax_nanogpt.dropout import drop
+from jax_nanogpt.model import drop
 from jax_nanogpt.optimizer import make_optimizer, orthogonalize, schedule
 from jax_nanogpt.train import Config
 
-CONFIG = Config(learning_rate=1e-2, min_lr=1e-3, warmup_iters=10, lr_decay_iters=110, grad_clip=0.0)
+CONFIG = Config(learning_rate=1e-2, min_lr=1e-3, warmup_iters=10, lr_decay_iters=110, grad_clip=0.0, dtype="float32")
 PARAMS = {
     "wte": jnp.ones((5, 8)),
     "h_0": {"c_attn": {"kernel": jnp.ones((8, 24)), "bias": jnp.ones(24)}, "ln_1": {"scale": jnp.ones(8)}},
@@ -40,8 +40,14 @@ def test_each_update_is_as_large_as_the_schedule_says():
     _, (adamw, muon) = jax.lax.scan(step, rule.init(PARAMS), length=130)
     fractions = schedule(CONFIG)(jnp.arange(130))
     np.testing.assert_allclose(adamw, 1e-2 * fractions, rtol=1e-3)
-    direction = orthogonalize(gradients["h_0"]["c_attn"]["kernel"])
+    direction = orthogonalize({"kernel": gradients["h_0"]["c_attn"]["kernel"]})["kernel"]
     np.testing.assert_allclose(muon, 0.3 * fractions * jnp.linalg.norm(direction), rtol=1e-3)
+
+
+def test_bfloat16_orthogonalizes_nearly_as_float32_does():
+    kernel = jax.random.normal(jax.random.key(0), (32, 96))
+    exact, rough = (orthogonalize({"kernel": kernel}, dtype)["kernel"] for dtype in ("float32", "bfloat16"))
+    assert rough.dtype == jnp.float32 and 0 < jnp.linalg.norm(rough - exact) < 0.1 * jnp.linalg.norm(exact)
 
 
 def split_qkv(name, array):
@@ -58,7 +64,7 @@ def test_five_steps_are_those_of_torch(optimizer, clip, monkeypatch):
     config = Config(
         optimizer=optimizer,
         **{"schedule": "constant", "warmup_iters": 0, "grad_clip": clip, "learning_rate": 1e-2, "min_lr": 1e-2},
-        **{"beta1": 0.8, "beta2": 0.6, "weight_decay": 0.3},
+        **{"beta1": 0.8, "beta2": 0.6, "weight_decay": 0.3, "dtype": "float32"},
         **{"muon_lr": 0.05, "muon_momentum": 0.7, "muon_weight_decay": 0.2},
     )
     draw = np.random.default_rng(0)
@@ -97,10 +103,19 @@ def test_five_steps_are_those_of_torch(optimizer, clip, monkeypatch):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_drops_its_share_keeps_the_mean_and_masks_the_gradient_alike(rate):
     x = jnp.ones((200, 500))
-    y, pull = jax.vjp(lambda x: drop(x, rate, jnp.uint32(7)), x)
+    rows = jnp.arange(200, dtype=jnp.uint32)
+    y, pull = jax.vjp(lambda x: drop(x, rate, jnp.uint32(7), rows), x)
     assert jnp.mean(y == 0) == pytest.approx(rate, abs=0.005) and y.mean() == pytest.approx(1, abs=0.01)
     np.testing.assert_array_equal(pull(x)[0], y)
-    other = drop(x, rate, jnp.uint32(8))
+    other = drop(x, rate, jnp.uint32(8), rows)
     assert jnp.mean((y == 0) & (other == 0)) == pytest.approx(rate**2, abs=0.005)
+    parts = [drop(x[part], rate, jnp.uint32(7), rows[part]) for part in (slice(60), slice(60, 200))]
+    np.testing.assert_array_equal(jnp.concatenate(parts), y)  # however the examples are divided
     for axis in (0, 1):  # no pattern along rows or columns
         assert jnp.std(jnp.mean(y == 0, axis=axis)) < 2 * (rate * (1 - rate) / x.shape[axis]) ** 0.5
+
+
+def test_dropouts_masks_differ_also_2_to_the_32_elements_apart():
+    x, rows = jnp.ones((2, 2**12)), jnp.uint32([0, 2**20])
+    one, other = drop(x, 0.5, jnp.uint32(7), rows) == 0
+    assert jnp.mean(one == other) == pytest.approx(0.5, abs=0.05)

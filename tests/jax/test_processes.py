@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jax_nanogpt import train
-from jax_nanogpt.dataset import draw_starts
+from jax_nanogpt.batches import draw_starts
+from jax_nanogpt.launch import loopback
 from jax_nanogpt.train import Config
 from tests.jax.runs import END_S, MESH_RUN, SCRIPT, TINY, environment, losses_of, start, state, wait_until
 
@@ -24,9 +24,9 @@ LONG = ("--eval_interval=4", "--max_iters=100000")
 # train.py that records which examples it reads for its first iteration; process 1 gets a SIGTERM
 WATCHED = """
 import json, os, signal, sys
-from jax_nanogpt import dataset, train
+from jax_nanogpt import batches, train
 
-cut, draw_starts, number, first_call = dataset.cut, train.draw_starts, sys.argv[-1][-1], []
+cut, draw_starts, number, first_call = batches.cut, train.draw_starts, sys.argv[-1][-1], []
 
 def draw(tokens, config, first, count):
     first_call.append(first)
@@ -40,7 +40,7 @@ def watched_cut(data, starts, block_size):
             file.write("".join(f"{start}\\n" for start in starts.ravel()))
     return cut(data, starts, block_size)
 
-dataset.cut, train.draw_starts = watched_cut, draw
+batches.cut, train.draw_starts = watched_cut, draw
 sys.exit(train.main())
 """
 LAUNCH_WATCHED = """
@@ -57,11 +57,11 @@ def launch(dataset):
     """launch(out_dir, flags...): a launcher of two processes, each of one device or more."""
     started = []
 
-    def call(out_dir, *flags, devices=1, launcher=(LAUNCH,), **variables):
+    def call(out_dir, *flags, devices=1, launcher=(LAUNCH,), first=(), **variables):
         count = f"--xla_force_host_platform_device_count={devices}"
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-        options["env"] = environment(count, "--xla_backend_optimization_level=0") | variables
-        flags = [*TINY, *MESH_RUN, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags]
+        options["env"] = environment(count) | variables
+        flags = [*first, *TINY, *MESH_RUN, f"--dataset={dataset}", f"--out_dir={out_dir}", *flags]
         started.append(subprocess.Popen([sys.executable, *launcher, "2", *flags], **options))
         return started[-1]
 
@@ -99,8 +99,8 @@ def test_a_process_reads_the_examples_of_its_own_devices(stopped, dataset):
     read = [[int(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()] for name in "01"]
     tokens = (dataset / "train.bin").stat().st_size // 2
     config = Config(block_size=16, batch_size=8, gradient_accumulation_steps=2)
-    starts = draw_starts(tokens, config, 0, 1)[0]  # accumulation, batch
-    assert [sorted(rows) for rows in read] == [sorted(half.ravel()) for half in np.split(starts, 2, axis=1)]
+    starts = draw_starts(tokens, config, 0, 1)[0]  # accumulation, batch: the processes share the micro-batches first
+    assert [sorted(rows) for rows in read] == [sorted(micro_batch) for micro_batch in starts]
 
 
 def test_a_signal_to_one_stops_all_at_one_iteration(stopped):
@@ -108,7 +108,7 @@ def test_a_signal_to_one_stops_all_at_one_iteration(stopped):
     last, _ = state(folder / "out")
     assert f"stopped at iteration {last}; resume with --init_from=resume" in errors.splitlines()
     assert len(re.findall(r"GPT \(0.0M parameters\) on 4 x cpu: jax \S+, mesh data:2,fsdp:2", printed)) == 1
-    assert len(re.findall(rf"iter {last} loss", printed)) == 1
+    assert len(re.findall(r"iter 4 loss", printed)) == 1 and f"iter {last} loss" not in printed  # saved at once
     written = {path.name for path in (folder / "out" / "checkpoints" / str(last) / "params").iterdir()}
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= written  # Orbax's, in parallel
 
@@ -151,6 +151,41 @@ def test_one_that_dies_ends_the_others_and_what_two_resumed_is_kept(stopped, on_
         assert state(out_dir)[0] >= last + 4
         found = losses_of(out_dir, "loss")
         assert [found[last + i] for i in (1, 2, 3)] == pytest.approx([expected[last + i] for i in (1, 2, 3)], abs=1e-5)
+
+
+@pytest.mark.faults
+def test_a_full_disk_ends_all_in_a_line_each(launch, small_disk):
+    disk, _ = small_disk
+    process = launch(disk / "out", "--eval_interval=1", "--max_iters=100000")
+    _, errors = process.communicate(timeout=END_S)
+    *lines, last_line = [line for line in errors.splitlines() if line.startswith(("train.py", "process"))]
+    full = rf"train.py: error: process \d of 2: {disk}/out cannot be written: .*; (last good|no) checkpoint.*"
+    other = r"process \d of 2: (process \d has failed|lost contact with another process); restart all .*"
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert any(re.fullmatch(full, line) for line in lines + [last_line])
+    assert all(re.fullmatch(f"{full}|{other}", line) for line in [*lines, last_line])
+
+
+BROKEN = """
+import sys
+from jax_nanogpt import train
+
+if sys.argv[-1].endswith(sys.argv.pop(1)):
+    train.find_dataset = lambda name: 1 / 0
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_bug_in_one_keeps_its_traceback_and_ends_the_others(broken, launch, tmp_path):
+    (tmp_path / "train.py").write_text(BROKEN, encoding="utf-8")
+    process = launch(
+        tmp_path / "out", *LONG, launcher=("-c", LAUNCH_WATCHED, tmp_path / "train.py"), first=(f"{broken}",)
+    )
+    _, errors = process.communicate(timeout=END_S)
+    assert process.returncode == 1 and errors.count("Traceback") == 1 and "ZeroDivisionError" in errors
+    assert f"process {1 - broken} of 2: process {broken} has failed; restart all with --init_from=resume" in errors
 
 
 @pytest.mark.faults
@@ -224,6 +259,42 @@ def test_the_launcher_ends_with_the_status_of_the_first_that_fails(tmp_path):
         process = launched(tmp_path, script)
         _, errors = process.communicate(timeout=END_S)
         assert (process.returncode, errors.strip()) == (status, ending)
+
+
+def test_the_launcher_ends_with_the_status_that_says_most(tmp_path):
+    """The first that is seen to end may only have noticed that another one failed."""
+    process = launched(tmp_path, "import time; time.sleep(number)\nsys.exit([1, 2][number])")
+    _, errors = process.communicate(timeout=END_S)
+    assert (process.returncode, errors) == (2, "")
+
+
+def test_the_launcher_shares_the_gpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loopback, "DEVICE_FILES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert loopback.shares(loopback.visible_gpus(), 2) == [{}, {}]
+    for name in "nvidia0", "nvidia3", "nvidia10", "nvidiactl":  # CUDA numbers those of a container from 0
+        (tmp_path / name).touch()
+    assert loopback.shares(loopback.visible_gpus(), 2) == [{"CUDA_VISIBLE_DEVICES": gpus} for gpus in ("0,2", "1")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8932f937")
+    assert loopback.shares(loopback.visible_gpus(), 2) == [
+        {"CUDA_VISIBLE_DEVICES": gpus} for gpus in ("5", "GPU-8932f937")
+    ]
+    assert loopback.main(["3"]) == 2
+    message = "the number of processes must be at most 2, one per GPU, or any with --device=cpu, got 3\n"
+    assert capsys.readouterr().err == message
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert loopback.visible_gpus() == []
+
+
+def test_slurms_script_resumes_only_what_is_started_again(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for count, more in ("", ""), ("0", ""), ("2", " --resume"):
+        env = os.environ | {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_RESTART_COUNT": count}
+        command = ["bash", LAUNCH.parent / "slurm.sh", "a.py", "--key=1"]
+        printed = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=env).stdout
+        assert printed == f"--kill-on-bad-exit=1 python train.py a.py --key=1{more} --coordinator=auto\n"
 
 
 def test_the_launcher_passes_a_signal_on(tmp_path):

@@ -178,8 +178,20 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, out_dir, capsys):
     assert message in printed.err and printed.err.count("\n") == 1
 
 
+def test_weights_that_overflow_are_one_line_which_names_the_model(talker, tmp_path, capsys):
+    folder, _ = talker
+    config, params = weight_loader.load(folder)
+    params["ln_f"]["bias"] *= 3e38
+    weight_loader.save(tmp_path / "huge", config, params, folder)
+    with pytest.raises(SystemExit) as caught:
+        sample.main([f"--model={tmp_path / 'huge'}", "--start=a"])
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and errors.count("\n") == 1
+    assert errors.endswith(f"error: {tmp_path / 'huge'}: NaN or inf in the logits at position 1\n")
+
+
 def test_a_bug_in_the_model_keeps_its_traceback(out_dir, monkeypatch):
-    def broken(*_):
+    def broken(**_):
         raise ValueError("operands could not be broadcast")
 
     monkeypatch.setattr(sample.sampler, "prefill", broken)
@@ -191,7 +203,7 @@ def test_a_compiled_program_that_is_damaged_or_cannot_be_written_changes_nothing
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(PROJECT.parent)}
     environment = {key: value for key, value in environment.items() if not key.startswith("JAX_")}
     code = """
-from jax_nanogpt.device import choose_devices
+from jax_nanogpt.runtime import choose_devices
 choose_devices("cpu")
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -201,7 +213,7 @@ print(jax.jit(lambda x: x + 1)(1.0))"""
         command = f"ulimit -f {limit}; exec '{sys.executable}' -c '{code}'"
         done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, encoding="utf-8")
         assert (done.returncode, done.stdout, done.stderr) == (0, "2.0\n", "")
-        return {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+        return {path: path.stat().st_size for path in tmp_path.rglob("*-cache")}
 
     assert kept(limit=0) == {}
     whole = kept()

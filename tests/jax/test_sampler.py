@@ -1,6 +1,8 @@
 """The jitted sampler against the loop that it replaces: crop, run the whole model, take the last row."""
 
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import astuple, replace
+from functools import partial
 from itertools import combinations
 
 import jax
@@ -38,7 +40,7 @@ def naive(prompt, new_tokens, config=CONFIG, params=PARAMS):
 
 
 def run(prompt, new_tokens, samples=1, sampling=GREEDY, seed=0, config=CONFIG, params=PARAMS):
-    chunks = list(generate(GPT(config), params, prompt, new_tokens, samples, sampling, seed))
+    chunks = list(generate(GPT(config), params, prompt, new_tokens, samples, sampling, seed, kept=samples))
     tokens, logits = (np.concatenate(part, axis=1) for part in zip(*chunks, strict=True))
     return tokens, logits
 
@@ -72,6 +74,68 @@ def test_token_by_token_the_engine_has_the_logits_of_the_loop_before_and_past_th
     np.testing.assert_allclose(np.stack(rows, axis=1), expected, atol=1e-4)
 
 
+@contextmanager
+def compilations():
+    """Yields a list with an item for each program that is compiled."""
+    compiled = []
+
+    def listen(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_text_takes_three_programs_which_serve_every_length_seed_temperature_and_top_p():
+    config = replace(CONFIG, n_embd=24)  # unlike other tests'
+    params = init_params(config, jax.random.key(0))
+
+    def sample(new_tokens, temperature, top_p, seed):
+        list(generate(GPT(config), params, [1, 2, 3], new_tokens, 2, Sampling(temperature, 5, top_p), seed))
+
+    with compilations() as compiled:
+        sample(100, 0.8, 0.9, 1)
+    assert 0 < len(compiled) <= 3
+    with compilations() as compiled:
+        for new_tokens, temperature, top_p, seed in (99, 0.5, 0.8, 2), (70, 0, 0.9, 2**40), (62, 1, 1.0, 3):
+            sample(new_tokens, temperature, top_p, seed)
+    assert compiled == []
+
+
+def test_for_one_position_the_last_block_computes_no_other():
+    """Of 32 positions in a block, 31 need their keys and values alone: a quarter of its products."""
+    model, window = GPT(replace(CONFIG, vocab_size=1)), np.zeros((1, 32), np.int32)
+    params = PARAMS | {"wte": PARAMS["wte"][:1]}
+    one, every = (
+        jax.jit(partial(model.apply, only=only)).lower({"params": params}, window).cost_analysis()["flops"]
+        for only in (31, None)
+    )
+    assert one < every / 2
+
+
+def test_the_logits_of_the_kept_texts_alone_leave_the_device():
+    for kept in 0, 1:
+        chunks = list(generate(GPT(CONFIG), PARAMS, [1, 2, 3], 50, samples=3, kept=kept))
+        assert [logits.shape for _, logits in chunks] == [(kept, tokens.shape[1], 60) for tokens, _ in chunks]
+
+
+def test_seeds_that_differ_in_high_bits_alone_are_different():
+    texts = {tuple(run([1], 8, sampling=Sampling(1.0, None), seed=seed)[0][0]) for seed in (5, 5 + 2**32, 5 + 2**40)}
+    assert len(texts) == 3
+
+
+@pytest.mark.parametrize(("prompt_length", "position"), [(3, 3), (50, 50)])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_overflow_are_an_error_which_names_the_position(prompt_length, position, temperature):
+    params = PARAMS | {"ln_f": jax.tree.map(lambda p: p * 1e38, PARAMS["ln_f"]), "wte": PARAMS["wte"] * 1000}
+    with pytest.raises(FloatingPointError, match=f"^NaN or inf in the logits at position {position}$"):
+        run([1] * prompt_length, 2, sampling=Sampling(temperature), params=params)
+
+
 def test_a_sample_is_the_same_alone_and_in_a_batch():
     """Five tokens with the cache, three past it."""
     prompt, sampling = list(range(35)), Sampling(1.0, 20, 0.9)
@@ -83,7 +147,7 @@ def test_a_sample_is_the_same_alone_and_in_a_batch():
 
 def probabilities(logits, sampling):
     """What the sampler draws from, in NumPy: temperature, top-k, top-p, ties to the lower id."""
-    logits, temperature, top_k, top_p = np.array(logits), *sampling
+    logits, temperature, top_k, top_p = np.array(logits), *astuple(sampling)
     order = np.argsort(-logits, kind="stable")[:top_k]
     weights = np.exp((logits - logits.max())[order] / temperature)
     weights = weights[: np.searchsorted(weights.cumsum() / weights.sum(), top_p or 1.0) + 1]

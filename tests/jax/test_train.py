@@ -3,8 +3,12 @@
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +16,23 @@ import numpy as np
 import optax
 import pytest
 
-from jax_nanogpt import train, weight_loader
+from jax_nanogpt import metrics, train, weight_loader
 from jax_nanogpt.checkpoint import Checkpoints
 from jax_nanogpt.data.corpus import write_characters
 from jax_nanogpt.kernels import choose_kernels
+from jax_nanogpt.loss import losses
 from jax_nanogpt.model import GPT, GPTConfig, init_params
+from jax_nanogpt.sharding import make_mesh
+from jax_nanogpt.start import Start, first_state
 from shared.tokenizer import Characters, load_tokenizer
 from tests.jax import reference
-from tests.jax.runs import MESH_RUN, TINY, losses_of, same, state
+from tests.jax.runs import MESH_RUN, TINY, environment, losses_of, same, state
 
 TEXT = np.random.default_rng(0).integers(50, size=(2, 4, 17)).astype(np.int32)
 TOY = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
 toy_params = cache(partial(init_params, TOY, jax.random.key(0)))
 sgd = cache(optax.sgd)
-one_window = jax.jit(train.losses, static_argnums=0)
+one_window = jax.jit(losses, static_argnums=0)
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -62,8 +69,8 @@ def iterations(config, examples, count, rate, first=0, seed=0):
     """(params, losses) of train_iterations with plain gradient descent."""
     params, optimizer, key = jax.tree.map(jnp.copy, toy_params()), sgd(rate), jax.random.key(seed)
     state = params, optimizer.init(params)
-    params, _, losses = train.train_iterations(GPT(config), optimizer, *state, examples, first, count, key)
-    return params, np.array(losses[:count])
+    params, _, history = train.train_iterations(GPT(config), optimizer, *state, examples, first, count, key)
+    return params, np.array(history[0, :count])
 
 
 def test_accumulating_four_batches_of_one_equals_one_batch_of_four():
@@ -117,7 +124,7 @@ def test_evaluation_is_the_mean_over_every_window_once(tokens):
     windows = [data[i : i + 17].astype(np.int32)[None] for i in range(0, tokens - 16, 16)]
     model, params = GPT(TOY), toy_params()
     expected = float(np.mean([one_window(model, params, window) for window in windows]))
-    assert train.evaluate(model, params, data, config, HERE) == pytest.approx(expected, rel=1e-6)
+    assert train.evaluate(model, params, data, config, 4, HERE) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_run_prints_and_writes_its_losses(run, tmp_path):
@@ -131,6 +138,68 @@ def test_a_run_prints_and_writes_its_losses(run, tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "meta.json").exists() and not list(tmp_path.glob("*.part"))
     assert not (tmp_path / "vocab.json").exists()  # a former run's tokenizer
+
+
+def test_a_row_has_the_learning_rate_and_the_norm_of_the_gradients(run, tmp_path, no_chart):
+    """By one iteration of gradient descent at a rate of a half: the parameters move by half of the gradients."""
+    examples, start = TEXT[:1, None], toy_params()
+    params, optimizer = jax.tree.map(jnp.copy, start), sgd(0.5)
+    end, _, history = train.train_iterations(
+        GPT(TOY), optimizer, params, optimizer.init(params), examples, 0, 1, jax.random.key(0)
+    )
+    moved = jax.tree.map(jnp.subtract, start, end)
+    assert float(history[1, 0]) == pytest.approx(2 * float(optax.tree.norm(moved)), rel=1e-4)
+    run(tmp_path, "--max_iters=12", "--grad_clip=1e-3")
+    rates, norms = losses_of(tmp_path, "learning_rate"), losses_of(tmp_path, "grad_norm")
+    fraction = train.schedule(train.Config(warmup_iters=5, lr_decay_iters=40, min_lr=1e-3, learning_rate=1e-2))
+    assert rates == pytest.approx({last: 1e-2 * float(fraction(last - 1)) for last in (4, 8, 12)}, rel=1e-5)
+    assert all(norm > 0.1 for norm in norms.values())  # before clipping
+    assert losses_of(tmp_path, "mfu") == {}  # a CPU's peak is not known
+
+
+def test_mfu_is_a_part_of_the_peak_of_all_devices_where_it_is_known(run, tmp_path, no_chart, monkeypatch):
+    monkeypatch.setattr(train, "peak_tflops", lambda device, dtype: 1e-9)
+    run(tmp_path, "--max_iters=4")
+    ((_, mfu),), seconds = losses_of(tmp_path, "mfu").items(), losses_of(tmp_path, "s_per_iter")[4]
+    model = Checkpoints(tmp_path).restore_model(4)[0]
+    assert mfu == pytest.approx(train.flops_per_token(model) * 4 * 2 * 16 / seconds / 1e3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
+        ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("TPU v5 lite", "bfloat16", 197),
+        ("TPU v5", "bfloat16", 459),
+        ("cpu", "bfloat16", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_name(kind, dtype, peak):
+    assert metrics.peak_tflops(SimpleNamespace(device_kind=kind), dtype) == peak
+
+
+def test_without_a_terminal_there_is_a_line_every_log_interval_and_no_bar(run, tmp_path, no_chart):
+    run(tmp_path, "--max_iters=20", "--log_interval=10")
+    line = r"iter (\d+): loss \d\.\d{3}, learning rate \d\.\d\de-\d\d, gradient norm \d+\.\d\d, "
+    line += r"[\d,]+ tokens/s, \S+ TFLOP/s"
+    lines = run.errors.splitlines()
+    assert [int(re.fullmatch(line, text)[1]) for text in lines] == [12, 20]  # calls are of four iterations
+
+
+@pytest.mark.parametrize("iterations", [4, 8, 24])
+def test_profile_writes_a_trace_of_the_second_to_the_fourth_call(iterations, run, tmp_path, no_chart, monkeypatch):
+    """Calls are of four iterations; a run may end before the trace does."""
+    calls, real = [], train.train_iterations
+
+    def count_calls(*args):
+        calls.append(len(list(tmp_path.glob("trace/**/*.xplane.pb"))))
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_iterations", count_calls)
+    run(tmp_path / "out", f"--max_iters={iterations}", f"--profile={tmp_path / 'trace'}")
+    written = len(list(tmp_path.glob("trace/**/*.xplane.pb")))
+    assert calls == [0, 0, 0, 0, 1, 1][: iterations // 4] and written == int(iterations > 4)
 
 
 def test_eval_only_gives_the_same_loss_and_writes_nothing(run, finished):
@@ -149,8 +218,8 @@ def test_fine_tuning_starts_from_a_checkpoint_and_crops_it(run, dataset, tmp_pat
     cropped, params = weight_loader.crop(config, params, 16)
     data, sizes = np.fromfile(dataset / "val.bin", np.uint16), train.Config(block_size=16, batch_size=4, eval_iters=3)
     model = GPT(replace(cropped, dropout=0.2), choose_kernels(jax.devices()[0], "float32"))  # the run's, compiled
-    expected, losses = train.evaluate(model, params, data, sizes, HERE), losses_of(tmp_path / "tuned")
-    assert losses[0] == pytest.approx(expected, rel=1e-5) and losses[10] < losses[0]
+    expected, found = train.evaluate(model, params, data, sizes, 4, HERE), losses_of(tmp_path / "tuned")
+    assert found[0] == pytest.approx(expected, rel=1e-5) and found[10] < found[0]
     assert Checkpoints(tmp_path / "tuned").restore_model(10)[0].block_size == 16
 
 
@@ -198,7 +267,9 @@ def test_a_bug_keeps_its_traceback(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("loss", "name"), [(jnp.nan, "NaN"), (jnp.inf, "inf")])
 def test_a_nan_loss_ends_the_run_and_costs_no_checkpoint(loss, name, run, finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out")
-    monkeypatch.setattr(train, "train_iterations", lambda model, opt, *state: (*state[:2], np.array([1.0, loss, 1, 1])))
+    monkeypatch.setattr(
+        train, "train_iterations", lambda model, opt, *state: (*state[:2], np.array([[1.0, loss, 1, 1], 4 * [1]]))
+    )
     with pytest.raises(SystemExit, match=rf"^{name} loss at iteration 8; last good checkpoint: iteration 6 in .*/out$"):
         run(tmp_path / "out", "--max_iters=20", "--init_from=resume")
     assert Checkpoints(tmp_path / "out").last() == 6
@@ -221,10 +292,33 @@ def test_an_interrupt_saves_and_says_how_to_resume(run, dataset, tmp_path, monke
     assert train.main(flags) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped at iteration 8; resume with --init_from=resume"
     assert signal.getsignal(signal.SIGINT) == before
-    assert state(tmp_path)[0] == 8
+    assert state(tmp_path)[0] == 8 and list(losses_of(tmp_path)) == [0]  # saved at once, without an evaluation
     monkeypatch.undo()
     run(tmp_path, "--init_from=resume", "--max_iters=9")
-    assert state(tmp_path)[0] == 9
+    assert state(tmp_path)[0] == 9 and list(losses_of(tmp_path)) == [0, 9]
+
+
+def test_a_run_stopped_where_it_would_evaluate_does_so_when_it_resumes(run, tmp_path, monkeypatch, no_chart):
+    step = train.Run.step
+
+    def step_and_stop(self):
+        step(self)
+        if self.iteration == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.Run, "step", step_and_stop)
+    run(tmp_path, "--max_iters=10", "--eval_interval=4")
+    assert state(tmp_path)[0] == 4 and list(losses_of(tmp_path)) == [0]
+    monkeypatch.undo()
+    run(tmp_path, "--max_iters=10", "--eval_interval=4", "--init_from=resume")
+    assert list(losses_of(tmp_path)) == [0, 4, 8, 10]
+
+
+def test_the_source_of_a_fine_tuning_is_not_kept_in_memory():
+    start, config = Start(TOY, Path(), params=jax.tree.map(jnp.copy, toy_params())), train.Config()
+    mesh = make_mesh("", jax.devices(), config.batch_size, TOY, parameters=10**4)
+    _, params, _ = first_state(config, start, mesh, train.make_optimizer(config))
+    assert not start.params and np.array_equal(params["wte"], toy_params()["wte"])
 
 
 def test_settings_that_change_on_resuming_are_logged(run, finished, tmp_path, monkeypatch, no_chart):
@@ -237,8 +331,32 @@ def test_settings_that_change_on_resuming_are_logged(run, finished, tmp_path, mo
     assert run.errors == ""
 
 
-def test_help_lists_every_setting(run, tmp_path, capsys):
+def test_help_describes_every_setting_by_the_comment_beside_it(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         run(tmp_path, "--help")
     printed = capsys.readouterr().out
-    assert caught.value.code == 0 and all(f"--{name}=" in printed for name in vars(train.Config()))
+    described = dict(re.findall(r"^  (--\w+=\S*) +(\S.*)$", printed, re.M))
+    assert caught.value.code == 0
+    assert list(described) == [f"--{name}={value}" for name, value in vars(train.Config()).items()]
+    assert described["--grad_clip=1.0"] == "the largest norm of the gradients; 0: none"
+    assert "\nbatches: an iteration's tokens are" in printed
+
+
+def test_help_and_a_mistake_wait_for_neither_matplotlib_nor_orbax():
+    code = "import sys\nfrom jax_nanogpt import train\n"
+    code += "try: train.main(['--max_iter=1'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'matplotlib', 'orbax.checkpoint', 'tensorstore'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment())
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+
+
+def test_a_run_with_scanned_layers_is_the_plain_one_and_writes_the_same_checkpoints(run, tmp_path, no_chart):
+    """Also where one resumes the other's; without dropout, whose masks are others."""
+    flags = "--n_layer=3", "--dropout=0", *MESH_RUN
+    run(tmp_path / "plain", *flags, "--max_iters=4")
+    run(tmp_path / "scanned", *flags, "--max_iters=2", "--scan_layers")
+    run(tmp_path / "scanned", *flags, "--max_iters=3", "--init_from=resume")
+    run(tmp_path / "scanned", *flags, "--max_iters=4", "--init_from=resume", "--scan_layers")
+    for ours, theirs in zip(state(tmp_path / "scanned")[1], state(tmp_path / "plain")[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert losses_of(tmp_path / "scanned")[4] == pytest.approx(losses_of(tmp_path / "plain")[4], abs=1e-5)

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jax_nanogpt.device import choose_devices
 from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.model import GPT, GPTConfig
 from jax_nanogpt.optimizer import make_optimizer
+from jax_nanogpt.runtime import choose_devices
 from jax_nanogpt.train import Config, train_iterations
 from jax_nanogpt.weight_loader import param_path
 from tests.tools.peers import training_task
@@ -38,5 +38,5 @@ def train(training: Training, iterations: int, dropout: float) -> list[float]:
     t = training
     model = t.model.clone(config=replace(t.model.config, dropout=dropout))
     key = jax.random.key(0)
-    *t.state, losses = train_iterations(model, t.optimizer, *t.state, t.examples, 0, iterations, key)
-    return np.asarray(losses)[:iterations].tolist()
+    *t.state, history = train_iterations(model, t.optimizer, *t.state, t.examples, 0, iterations, key)
+    return np.asarray(history)[0, :iterations].tolist()

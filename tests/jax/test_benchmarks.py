@@ -3,10 +3,14 @@
 import json
 from itertools import chain, repeat
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jax_nanogpt import bench_gpu
-from jax_nanogpt.model import GPTConfig, count_params, flops_per_token
+from jax_nanogpt import sampler
+from jax_nanogpt.benchmarks import gpu as bench_gpu
+from jax_nanogpt.kernels import fused_attend
+from jax_nanogpt.model import GPT, GPTConfig, Kernels, count_params, flops_per_token
 
 
 @pytest.fixture
@@ -72,3 +76,28 @@ def test_a_mistake_is_one_line_and_status_2(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         bench_gpu.main(flags)
     assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_all_that_it_runs_lowers_for_cuda(monkeypatch, with_cudnn):
+    """The training step with cuDNN's attention and a padded vocabulary; and the sampler, which runs here as well."""
+    texts = []
+
+    def lowered(name, jitted, run):
+        def call(*args, **options):
+            texts.append((name, jitted.trace(*args, **options).lower(lowering_platforms=("cuda",)).as_text()))
+            return run(*args, **options)
+
+        return call
+
+    trained = lowered("train", bench_gpu.train_iterations, lambda model, rule, *state: (*state[:2], jnp.zeros(1)))
+    monkeypatch.setattr(bench_gpu, "train_iterations", trained)
+    for name in "prefill", "decode":
+        monkeypatch.setattr(sampler, name, lowered(name, getattr(sampler, name), getattr(sampler, name)))
+    monkeypatch.setattr(bench_gpu, "measure", lambda *args: (args[3](), {"tokens_per_s": 1.0})[1])
+    args = bench_gpu.make_parser().parse_args(["--block_size=64", "--batch=2", "--iters=1", "--new-tokens=4"])
+    config = GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=64, dtype="bfloat16")
+    model = GPT(config, Kernels(attend=fused_attend, vocab_multiple=128))
+    bench_gpu.bench(args, jax.devices()[0], model, None)
+    assert {name for name, _ in texts} == {"train", "prefill", "decode"}
+    training = dict(texts)["train"]
+    assert training.count("custom_call @__cudnn$fmhaSoftmaxBackward(") == 2 and "x512xf32>" in training

@@ -1,6 +1,6 @@
 """What each idea takes off a training iteration of the Shakespeare model: a table, and a chart of it.
 
-    python bench_step.py [--to step.png]
+    python benchmarks/step.py [--to step.png]
 
 Every line adds one idea to those above it. All are compiled first and then measured interleaved.
 """
@@ -8,30 +8,30 @@ Every line adds one idea to those above it. All are compiled first and then meas
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import flax.linen as nn
 import jax
 import matplotlib
 import numpy as np
 
 from jax_nanogpt import model
-from jax_nanogpt.bench_gpu import interleave
-from jax_nanogpt.configurator import configure
-from jax_nanogpt.device import choose_devices, describe
-from jax_nanogpt.dropout import Dropout
+from jax_nanogpt.benchmarks.gpu import interleave
+from jax_nanogpt.config import Config, configure
 from jax_nanogpt.files import write_file
 from jax_nanogpt.kernels import choose_kernels
-from jax_nanogpt.model import GPT, GPTConfig, init_params
+from jax_nanogpt.model import GPT, Dropout, GPTConfig, init_params
 from jax_nanogpt.optimizer import make_optimizer
-from jax_nanogpt.train import Config, train_iterations
+from jax_nanogpt.runtime import choose_devices, describe
+from jax_nanogpt.train import train_iterations
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 ROUNDS = 9
 
 
@@ -41,11 +41,13 @@ class ThreefryDropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x, train):
-        return nn.Dropout(self.rate)(x, deterministic=not train)
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        return nn.Dropout(self.rate)(x, deterministic=rows is None)
 
 
-def trainer(settings, gpt, examples, per_call, dropout=Dropout):
+def trainer(
+    settings: Config, gpt: GPT, examples: np.ndarray, per_call: int, dropout: type[nn.Module] = Dropout
+) -> Callable[[], None]:
     """A call that trains one iteration on each of examples, per_call of them in one program."""
     jax.clear_caches()  # two models that differ in their Dropout alone are the same key
     model.Dropout = dropout
@@ -55,7 +57,7 @@ def trainer(settings, gpt, examples, per_call, dropout=Dropout):
     program = train_iterations.lower(gpt, optimizer, *state, groups[0], 0, per_call, key).compile()
     model.Dropout = Dropout
 
-    def train():
+    def train() -> None:
         for i, group in enumerate(groups):
             *state[:], losses = program(*state, group, i * per_call, per_call, key)
         losses.block_until_ready()
@@ -63,7 +65,7 @@ def trainer(settings, gpt, examples, per_call, dropout=Dropout):
     return train
 
 
-def shakespeare():
+def shakespeare() -> tuple[Config, GPTConfig, np.ndarray]:
     """config/train_shakespeare_char.py: the settings, the model, and the examples of ten iterations."""
     settings = configure(Config(), ["config/train_shakespeare_char.py"], HERE)
     shape = {key: getattr(settings, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
@@ -71,7 +73,7 @@ def shakespeare():
     return settings, GPTConfig(vocab_size=65, **shape), np.random.default_rng(0).integers(65, size=size, dtype=np.int32)
 
 
-def programs(device):
+def programs(device: jax.Device) -> dict[str, Callable[[], None]]:
     """name -> call"""
     settings, config, examples = shakespeare()
     plain, rows = GPT(config), GPT(config, choose_kernels(device, "float32"))
@@ -85,7 +87,7 @@ def programs(device):
     }
 
 
-def draw(times, path):
+def draw(times: dict[str, float], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     axes.barh(list(times), list(times.values()), color="tab:blue", height=0.65)
     for row, time_ms in enumerate(times.values()):
@@ -96,7 +98,7 @@ def draw(times, path):
     write_file(path, lambda part: figure.savefig(part, format="png", dpi=110, metadata={"Software": None}))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

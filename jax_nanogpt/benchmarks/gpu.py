@@ -1,6 +1,6 @@
 """Speed on a GPU: training GPT-2's shape in bfloat16, and sampling it, interleaved with PyTorch in the same run.
 
-    python bench_gpu.py [--shape gpt2 --batch 32 --block_size 1024]
+    python benchmarks/gpu.py [--shape gpt2 --batch 32 --block_size 1024]
 
 The peer is transformers' GPT-2: compiled (torch.compile), with fused attention and AdamW, in bfloat16 autocast for
 training; with its cache, in bfloat16, for sampling. mfu is the model's arithmetic (PaLM's formula) over the GPU's peak.
@@ -13,40 +13,46 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too; JAX reads it when imported
 import jax
 import numpy as np
 
-from jax_nanogpt.device import choose_devices, describe
+from jax_nanogpt.config import Config
 from jax_nanogpt.kernels import choose_kernels
+from jax_nanogpt.metrics import peak_tflops
 from jax_nanogpt.model import GPT, GPTConfig, count_params, flops_per_token, init_params
 from jax_nanogpt.optimizer import make_optimizer
-from jax_nanogpt.plan import SHAPES
+from jax_nanogpt.runtime import DEVICES, choose_devices, describe
 from jax_nanogpt.sampler import generate
-from jax_nanogpt.train import Config, train_iterations
+from jax_nanogpt.train import train_iterations
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L4": 121}  # bfloat16, dense: NVIDIA's data sheets
+SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 TINY = {"tiny": (2, 2, 64)}
 
 
-def seconds(call):
+Call = Callable[[], object]
+
+
+def seconds(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def interleave(calls, rounds=5):
+def interleave(calls: Sequence[Call], rounds: int = 5) -> tuple[list[float], list[float]]:
     """The median time of each call, and the median of its ratio to the first call's time in the same round."""
     times = np.array([[seconds(call) for call in calls] for _ in range(rounds)])
     return np.median(times, axis=0).tolist(), np.median(times / times[:, :1], axis=0).tolist()
 
 
-def measure(work, batch, tokens, ours, peer=None):
+def measure(work: str, batch: int, tokens: int, ours: Call, peer: tuple[str, Call] | None = None) -> dict[str, Any]:
     """The row of a call that trains on or samples so many tokens for each of a batch; peer is (its name, its call)."""
     first_s = seconds(ours)
     if peer:
@@ -62,24 +68,24 @@ def measure(work, batch, tokens, ours, peer=None):
     return row
 
 
-def trainer(settings, model, examples):
+def trainer(settings: Config, model: GPT, examples: np.ndarray) -> Call:
     """A call that trains one iteration on each of examples [I, A, B, T + 1]."""
     optimizer, params = make_optimizer(settings), init_params(model.config, jax.random.key(0))
     state, examples = [params, optimizer.init(params)], jax.device_put(examples)
 
-    def train():
+    def train() -> None:
         *state[:], losses = train_iterations(model, optimizer, *state, examples, 0, len(examples), jax.random.key(0))
         losses.block_until_ready()
 
     return train
 
 
-def make_text(*args):
+def make_text(*args: Any) -> list:
     return list(generate(*args))
 
 
 class Peer:
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         import torch
         import transformers
 
@@ -92,16 +98,16 @@ class Peer:
         self.model = transformers.GPT2LMHeadModel(reference).to(self.device)
         self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
-    def trainer(self, examples):
+    def trainer(self, examples: np.ndarray) -> Call:
         torch, batches = self.torch, [self.torch.tensor(batch[0]).long().to(self.device) for batch in examples]
         optimizer = torch.optim.AdamW(self.model.parameters(), 6e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
         model = torch.compile(self.model) if self.device == "cuda" else self.model
 
-        def train():
+        def train() -> None:
             for batch in batches:
                 with torch.autocast(self.device, torch.bfloat16):
                     logits = model(batch[:, :-1], use_cache=False).logits
@@ -114,12 +120,12 @@ class Peer:
 
         return train
 
-    def sampler(self, samples, new):
+    def sampler(self, samples: int, new: int) -> Call:
         torch = self.torch
         model, prompt = self.model.to(torch.bfloat16).eval(), torch.zeros((samples, 1), dtype=torch.long)
         length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "top_k": 200, "temperature": 0.8}
 
-        def sample():
+        def sample() -> None:
             given = prompt.to(self.device)
             model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0, **length)
             self.synchronize()
@@ -127,10 +133,10 @@ class Peer:
         return sample
 
 
-def bench(args, device, model, peer):
+def bench(args: argparse.Namespace, device: jax.Device, model: GPT, peer: Peer | None) -> list[dict[str, Any]]:
     """Training, and sampling at batch 1 and 64."""
     config = model.config
-    peak = args.peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device.device_kind), None)
+    peak = args.peak or peak_tflops(device, config.dtype)
     size = args.iters, 1, args.batch, args.block_size + 1
     examples = np.random.default_rng(0).integers(config.vocab_size, size=size, dtype=np.int32)
     ours = trainer(Config(warmup_iters=0), model, examples)
@@ -147,7 +153,7 @@ def bench(args, device, model, peer):
     return rows
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,11 +164,11 @@ def make_parser():
     add("--iters", type=int, default=10, help="in a call (default: %(default)s)")
     add("--new-tokens", type=int, default=256, help="to sample (default: %(default)s)")
     add("--peak", type=float, metavar="TFLOPS", help="of the device in bfloat16 (default: by its name, if it is known)")
-    add("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
+    add("--device", default="auto", help=f"{', '.join(DEVICES)} (default: %(default)s)")
     return parser
 
 
-def check(args):
+def check(args: argparse.Namespace) -> None:
     for name in "batch", "block_size", "iters", "new_tokens":
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
@@ -170,7 +176,7 @@ def check(args):
         raise ValueError(f"--new-tokens must be below --block_size ({args.block_size}), got {args.new_tokens}")
 
 
-def find_peer(config, device):
+def find_peer(config: GPTConfig, device: jax.Device) -> Peer | None:
     """transformers' GPT-2, if PyTorch runs on the same kind of device."""
     if not (find_spec("torch") and find_spec("transformers")):
         return None
@@ -181,7 +187,7 @@ def find_peer(config, device):
     return None
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:

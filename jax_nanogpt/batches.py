@@ -7,11 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jax_nanogpt.config import Config
+from jax_nanogpt.model import GPTConfig
+
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "val")
 
 
-def find_dataset(name):
+def find_dataset(name: str) -> Path:
     """The folder data/name, or the folder name: the first that has been prepared."""
     for folder in (DATA / name, Path(name)):
         if all((folder / f"{split}.bin").is_file() for split in SPLITS):
@@ -19,7 +22,7 @@ def find_dataset(name):
     raise ValueError(f"dataset must hold train.bin and val.bin (python data/NAME/prepare.py writes them), got {name!r}")
 
 
-def open_split(folder, split, config):
+def open_split(folder: Path, split: str, config: GPTConfig) -> np.ndarray:
     path = folder / f"{split}.bin"
     size = path.stat().st_size
     if size % 2 or size // 2 <= config.block_size:
@@ -31,24 +34,24 @@ def open_split(folder, split, config):
     return data
 
 
-def cut(data, starts, block_size):
+def cut(data: np.ndarray, starts: np.ndarray, block_size: int) -> np.ndarray:
     return data[starts[..., None] + np.arange(block_size + 1)].astype(np.int32)
 
 
-def read(data, starts, block_size, sharding):
+def read(data: np.ndarray, starts: np.ndarray, block_size: int, sharding: jax.sharding.Sharding) -> jax.Array:
     """The examples at starts [...]: [..., T + 1]. Each process reads those of its own devices."""
     shape = *starts.shape, block_size + 1
     return jax.make_array_from_callback(shape, sharding, lambda part: cut(data, starts[part[:-1]], block_size))
 
 
 @lru_cache(maxsize=2)
-def epoch_starts(tokens, block_size, seed, epoch):
+def epoch_starts(tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     """The starts of adjacent windows in random order; the first window's offset is random too."""
     rng, windows = np.random.default_rng((seed, epoch)), max(1, tokens // block_size - 1)
     return rng.integers(tokens - windows * block_size) + block_size * rng.permutation(windows)
 
 
-def draw_starts(tokens, config, first, count):
+def draw_starts(tokens: int, config: Config, first: int, count: int) -> np.ndarray:
     """The starts of the examples of iterations first, first + 1, ...: [count, accumulation, B]. They depend only on
     the seed and the iteration's number, so that a resumed run sees what an unbroken one would."""
     T, seed = config.block_size, config.seed

@@ -1,0 +1,99 @@
+"""Cross-entropy of the next token, without the logits [B, T, V] as a whole.
+
+Each device divides its tokens into chunks. In training it computes a chunk's gradient together with its loss: no logits
+are kept for the backward pass, and none are computed twice. The gradients of wte are added up on each device, and over
+the devices once.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jax_nanogpt.model import GPT, Array, Kernels, Params
+from jax_nanogpt.sharding import BATCH, map_shards, sum_over_devices
+
+CHUNK_LOGITS = 2**27  # of a chunk: half a gigabyte in float32
+TOKENS = P(BATCH, "tensor")  # how [B, T, ...] is sharded
+
+
+def losses(model: GPT, params: Params, examples: Array) -> Array:
+    """Of each token of examples [B, T + 1]: [B, T]."""
+    return apply(model, params, examples, partial(chunked_losses, model.kernels))
+
+
+def mean_loss(model: GPT, params: Params, examples: Array, rows: Array, dropout_key: Array) -> Array:
+    """In training. rows [B] are the examples' numbers in the iteration."""
+    head = partial(mean_cross_entropy, model.kernels)
+    return apply(model, params, examples, head, rows=rows, rngs={"dropout": dropout_key})
+
+
+def apply(model: GPT, params: Params, examples: Array, head: Callable[..., Array], **options: Any) -> Array:
+    targets = examples[:, 1:]
+    loss, _ = model.apply({"params": params}, examples[:, :-1], head=partial(head, targets), **options)
+    return loss
+
+
+def cross_entropy(kernels: Kernels, wte: Array, x: Array, targets: Array) -> Array:
+    """Of tokens in a row: x [N, C], targets [N] -> [N]."""
+    table = jnp.pad(wte.astype(x.dtype), ((0, -len(wte) % kernels.vocab_multiple), (0, 0)))
+    over_C = ((1,), (1,)), ((), ())
+    logits = kernels.dot_general(x, table, over_C, preferred_element_type=jnp.float32)  # N, V padded
+    ids = jnp.arange(len(table))
+    if len(table) > len(wte):
+        logits = jnp.where(ids < len(wte), logits, -jnp.inf)
+    # a sum instead of a gather, whose gradient would scatter into an array of zeros as large as the logits
+    chosen = jnp.where(ids == targets[:, None], logits, 0).sum(axis=1)
+    return jax.nn.logsumexp(logits, axis=1) - chosen
+
+
+def split_tokens(x: Array, targets: Array, vocab_size: int) -> tuple[Array, Array]:
+    """[B, T, C] and [B, T] -> [chunks, N, C] and [chunks, N], in as few chunks as CHUNK_LOGITS allows."""
+    tokens = targets.size
+    count = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocab_size <= CHUNK_LOGITS)
+    return x.reshape(count, tokens // count, -1), targets.reshape(count, -1)
+
+
+def chunked_losses(kernels: Kernels, targets: Array, x: Array, wte: Array) -> Array:
+    def on_shard(targets: Array, x: Array, wte: Array) -> Array:
+        chunks = split_tokens(x, targets, len(wte))
+        return lax.map(lambda chunk: cross_entropy(kernels, wte, *chunk), chunks).reshape(targets.shape)
+
+    return map_shards(on_shard, (TOKENS, TOKENS, P()), TOKENS)(targets, x, wte)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mean_cross_entropy(kernels: Kernels, targets: Array, x: Array, wte: Array) -> Array:
+    return chunked_losses(kernels, targets, x, wte).mean()
+
+
+def loss_and_gradients(kernels: Kernels, targets: Array, x: Array, wte: Array) -> tuple[Array, tuple[Array, Array]]:
+    tokens = math.prod(targets.shape)  # on all devices
+
+    def on_shard(targets: Array, x: Array, wte: Array) -> tuple[Array, Array, Array]:
+        def add_chunk(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+            x, targets = chunk
+            mean = lambda x, wte: cross_entropy(kernels, wte, x, targets).sum() / tokens  # noqa: E731
+            loss, (x_gradient, wte_gradient) = jax.value_and_grad(mean, (0, 1))(x, wte)
+            return jax.tree.map(jnp.add, sums, (loss, wte_gradient)), x_gradient
+
+        zeros = jnp.zeros(()), jnp.zeros_like(wte)
+        (loss, wte_gradient), x_gradient = lax.scan(add_chunk, zeros, split_tokens(x, targets, len(wte)))
+        return sum_over_devices(loss), x_gradient.reshape(x.shape), sum_over_devices(wte_gradient)
+
+    on_shards = map_shards(on_shard, (TOKENS, TOKENS, P()), (P(), TOKENS, P()))
+    loss, *gradients = on_shards(targets, x, wte)
+    return loss, tuple(gradients)
+
+
+def scale_gradients(kernels: Kernels, gradients: tuple[Array, Array], scale: Array) -> tuple[None, Array, Array]:
+    x_gradient, wte_gradient = gradients
+    return None, (scale * x_gradient).astype(x_gradient.dtype), scale * wte_gradient
+
+
+mean_cross_entropy.defvjp(loss_and_gradients, scale_gradients)
