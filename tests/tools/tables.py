@@ -4,6 +4,7 @@
 
 That copies the results to tests/tools/figures, draws the chart there, and writes the tables into BENCHMARKS.md and the
 READMEs: each after the line <!-- figures: NAME -->. Without an argument it writes the tables of the results kept there.
+A link to a line of code, [`code`](file#L12), gets the number of the line that holds the code.
 """
 
 import json
@@ -25,6 +26,7 @@ NAMES = {
 }
 COLUMNS = ["decode, tokens/s", "of the bandwidth", "prefill, tokens/s", "cold start", "warm start", "memory"]
 COLUMNS += ["perplexity"]
+LINK = re.compile(r"\[`([^`]+)`\]\(([\w./-]+)#L\d+\)")
 MARKER = re.compile(r"(?<=<!-- figures: )([\w-]+)( -->\n)((?:\|.*\n)*)")
 
 
@@ -127,9 +129,19 @@ def machine_table(here: dict) -> str:
     return markdown(["CPU", "cores", "instruction sets", "rates", "date"], [line])
 
 
-def fill(text: str, found: dict[str, str]) -> str:
-    """The document with the tables after its markers."""
+def fill(text: str, found: dict[str, str], folder: Path) -> str:
+    """The document with the tables after its markers, and its links to lines of code."""
+    text = LINK.sub(lambda match: f"{match[0].rpartition('L')[0]}L{line_of(folder / match[2], match[1])})", text)
     return MARKER.sub(lambda match: f"{match[1]}{match[2]}{found[match[1]]}", text)
+
+
+def line_of(path: Path, code: str) -> int:
+    """The first line that holds the code."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    numbers = [number for number, text in enumerate(lines, 1) if code in text]
+    if not numbers:
+        raise ValueError(f"{path} does not hold {code!r}, to which a document links")
+    return numbers[0]
 
 
 def documents(root: Path) -> list[Path]:
@@ -203,7 +215,7 @@ def main(root: Path, results: str | None = None) -> None:
     (FIGURES / "roofline.md").write_text(roofline.page(roofline.devices(document["machine"])), encoding="utf-8")
     found = tables(document)
     for path in documents(root):
-        path.write_text(fill(path.read_text(encoding="utf-8"), found), encoding="utf-8")
+        path.write_text(fill(path.read_text(encoding="utf-8"), found, path.parent), encoding="utf-8")
 
 
 if __name__ == "__main__":

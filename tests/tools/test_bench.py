@@ -101,6 +101,15 @@ def test_a_start_is_warm_once_the_one_before_has_stored_all(checkout, add_engine
     assert starts[: 1 + bench.WARM_STARTS] == ["cold", *["warm"] * bench.WARM_STARTS]
 
 
+def test_what_engines_store_is_deleted_after_their_width(checkout, add_engine, run):
+    load = 'pathlib.Path("stored").touch(); print(*pathlib.Path("..").rglob("stored"), file=open("found", "a"))'
+    dtypes = ("float32", "int8")
+    add_engine(Path("alpha_gpt/bench.py"), dtypes=dtypes, load=load.replace('"found"', repr(str(checkout / "found"))))
+    run()
+    found = (checkout / "found").read_text(encoding="utf-8").splitlines()
+    assert {*found} == {"../float32/stored", "../int8/stored"}
+
+
 def test_other_tokens_make_a_row_void(add_engine, run):
     add_engine(Path("beta_gpt/bench.py"), tokens="[7, 7, 6] + [7] * (count - 3)", dtypes=("float32", "int8"))
     status, out, rows = run()
@@ -202,9 +211,16 @@ def test_the_documents_show_the_results_that_are_kept():
     found = tables.tables(document)
     for path in tables.documents(ROOT):
         text = path.read_text(encoding="utf-8")
-        assert tables.fill(text, found) == text, f"{path}: run python -m tests.tools.tables"
+        assert tables.fill(text, found, path.parent) == text, f"{path}: run python -m tests.tools.tables"
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (tables.FIGURES / "parity.md").read_text(encoding="utf-8") in page
+
+
+def test_a_link_to_code_gets_the_number_of_its_line(tmp_path):
+    (tmp_path / "model.py").write_text("import jax\n\nx = 1\n", encoding="utf-8")
+    assert tables.fill("see [`x = 1`](model.py#L1)", {}, tmp_path) == "see [`x = 1`](model.py#L3)"
+    with pytest.raises(ValueError, match="model.py does not hold 'y', to which a document links"):
+        tables.fill("[`y`](model.py#L1)", {}, tmp_path)
 
 
 # -- the roofline

@@ -43,6 +43,7 @@ class Model:
     batch: int
     tokens: int  # of each text
     iterations: int  # in a request
+    rounds: int = 5  # at most
     dropout: float = 0.0
 
 
@@ -63,6 +64,7 @@ MODELS = {
         batch=4,
         tokens=256,
         iterations=1,
+        rounds=3,  # llm.c takes half a minute for each
     ),
 }
 
@@ -118,7 +120,7 @@ def measure(root: Path, scratch: Path, rounds: int) -> list[dict]:
             )
             for width in WIDTHS:
                 print(f"\ntraining {name}, {width}", flush=True)
-                rows += measure_width(root, folder, name, width, missing, rounds)
+                rows += measure_width(root, folder, name, width, missing, min(rounds, model.rounds))
             shutil.rmtree(folder / name)
     return rows
 
