@@ -1,16 +1,12 @@
 """Attention and matrix products as a device is fast at them. What they compute is the same as in model.py.
 
-On a CPU, XLA is fast at a matrix product in some shapes and layouts only. benchmarks/step.py measures what these two
-changes gain:
-
-- Rows. For the gradient of a [C, F] kernel with an input [B, T, C], XLA first transposes the incoming gradient, and
-  computes it a second time for that, column by column. With an input [B * T, C] it reads the gradient as it is.
-- bfloat16. The instructions for it (AMX, AVX512-BF16) serve products whose left operand has the summed axis last in
-  memory. The kernel's gradient, x.T @ g, does not, and XLA computes it in float32 unless x.T is copied into that
-  layout. All products return float32, so that what is between them needs no conversions.
+A CPU's instructions for bfloat16 (AMX, AVX512-BF16) serve products whose left operand has the summed axis last in
+memory. The kernel's gradient, x.T @ g, does not, and XLA computes it in float32 unless x.T is copied into that layout.
+All products return float32, so that what is between them needs no conversions. benchmarks/step.py measures the gain.
 
 On an NVIDIA GPU from Ampere on, attention in bfloat16 or float16 is cuDNN's fused kernel, which never writes the T * T
-scores. On accelerators the training loss pads the vocabulary to whole tiles.
+scores. On every GPU activations keep their layout, and the backward pass computes GELU again: memory is what the
+kernels between the products wait for. On accelerators the training loss pads the vocabulary to whole tiles.
 """
 
 import math
@@ -24,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jax_nanogpt.model import Dimensions, Kernels, attend
+from jax_nanogpt.model import Dimensions, Kernels, attend, dot_general
 from jax_nanogpt.runtime import has_bfloat16
 
 FUSED_SINCE = 8.0  # Ampere: cuDNN's fused attention needs it
@@ -39,9 +35,13 @@ COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE
 def choose_kernels(device: jax.Device, dtype: str) -> Kernels:
     """The kernels for a device and the dtype of the arithmetic; XLA's own if no others are faster."""
     if device.platform == "cpu":
-        return Kernels(dot_general=dot_general) if dtype != "bfloat16" or has_bfloat16() else Kernels()
-    fused = device.platform == "gpu" and dtype in ("bfloat16", "float16") and has_fused_attention(device)
-    return Kernels(attend=fused_attend if fused else attend, vocab_multiple=TILE)
+        return Kernels(dot_general=training_dot_general) if dtype == "bfloat16" and has_bfloat16() else Kernels()
+    if device.platform != "gpu":
+        return Kernels(vocab_multiple=TILE)
+    fused = dtype in ("bfloat16", "float16") and has_fused_attention(device)
+    return Kernels(
+        attend=fused_attend if fused else attend, fix_layout=rows_in_order, recompute_gelu=True, vocab_multiple=TILE
+    )
 
 
 def has_fused_attention(gpu: jax.Device) -> bool:
@@ -71,13 +71,11 @@ def bfloat16_gradients(
 bfloat16_matmul.defvjp(lambda x, kernel, axis: (matmul(x, kernel, axis), (x, kernel)), bfloat16_gradients)
 
 
-def dot_general(
+def training_dot_general(
     x: jax.Array, kernel: jax.Array, dimensions: Dimensions, precision: Any = None, preferred_element_type: Any = None
 ) -> jax.Array:
-    """lax.dot_general for x [..., C] and a kernel [C, F] or [F, C], by rows."""
-    axis = dimensions[0][1][0]
-    product = bfloat16_matmul if x.dtype == jnp.bfloat16 else matmul
-    y = product(x.reshape(-1, x.shape[-1]), kernel, axis)
+    """model.dot_general in bfloat16."""
+    y = bfloat16_matmul(x.reshape(-1, x.shape[-1]), kernel, dimensions[0][1][0])
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -90,6 +88,12 @@ def fused_attend(
         return attend(q, k, v, visible, dropout)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # without a cache, visible is the causal mask
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+
+
+def rows_in_order(x: jax.Array) -> jax.Array:
+    """x [B, T, C] with C last in memory. wpe's gradient is a sum over B: for it XLA would put B last, in all that the
+    blocks add to, and transpose that before and after each product."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 # --- sampling on a CPU

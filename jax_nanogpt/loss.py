@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax_nanogpt.model import GPT, Array, Kernels, Params
 from jax_nanogpt.sharding import BATCH, map_shards, sum_over_devices
 
-CHUNK_LOGITS = 2**27  # of a chunk: half a gigabyte in float32
+CHUNK_BYTES = 2**30  # of a chunk's logits
 TOKENS = P(BATCH, "tensor")  # how [B, T, ...] is sharded
 
 
@@ -39,30 +39,35 @@ def apply(model: GPT, params: Params, examples: Array, head: Callable[..., Array
     return loss
 
 
-def cross_entropy(kernels: Kernels, wte: Array, x: Array, targets: Array) -> Array:
-    """Of tokens in a row: x [N, C], targets [N] -> [N]."""
-    table = jnp.pad(wte.astype(x.dtype), ((0, -len(wte) % kernels.vocab_multiple), (0, 0)))
+def make_table(kernels: Kernels, wte: Array, x: Array) -> Array:
+    """wte as x is multiplied by it."""
+    return jnp.pad(wte.astype(x.dtype), ((0, -len(wte) % kernels.vocab_multiple), (0, 0)))
+
+
+def cross_entropy(kernels: Kernels, vocab_size: int, table: Array, x: Array, targets: Array) -> Array:
+    """Of tokens in a row: x [N, C], targets [N] -> [N]. In bfloat16 the logits are rounded to it, as they are in
+    PyTorch's autocast; the sums are float32."""
     over_C = ((1,), (1,)), ((), ())
-    logits = kernels.dot_general(x, table, over_C, preferred_element_type=jnp.float32)  # N, V padded
+    logits = kernels.dot_general(x, table, over_C).astype(jnp.float32)  # N, V padded
     ids = jnp.arange(len(table))
-    if len(table) > len(wte):
-        logits = jnp.where(ids < len(wte), logits, -jnp.inf)
+    if len(table) > vocab_size:
+        logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
     # a sum instead of a gather, whose gradient would scatter into an array of zeros as large as the logits
     chosen = jnp.where(ids == targets[:, None], logits, 0).sum(axis=1)
     return jax.nn.logsumexp(logits, axis=1) - chosen
 
 
 def split_tokens(x: Array, targets: Array, vocab_size: int) -> tuple[Array, Array]:
-    """[B, T, C] and [B, T] -> [chunks, N, C] and [chunks, N], in as few chunks as CHUNK_LOGITS allows."""
-    tokens = targets.size
-    count = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocab_size <= CHUNK_LOGITS)
+    """[B, T, C] and [B, T] -> [chunks, N, C] and [chunks, N], in as few chunks as CHUNK_BYTES allows."""
+    tokens, most = targets.size, CHUNK_BYTES // x.dtype.itemsize
+    count = next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocab_size <= most)
     return x.reshape(count, tokens // count, -1), targets.reshape(count, -1)
 
 
 def chunked_losses(kernels: Kernels, targets: Array, x: Array, wte: Array) -> Array:
     def on_shard(targets: Array, x: Array, wte: Array) -> Array:
-        chunks = split_tokens(x, targets, len(wte))
-        return lax.map(lambda chunk: cross_entropy(kernels, wte, *chunk), chunks).reshape(targets.shape)
+        loss = partial(cross_entropy, kernels, len(wte), make_table(kernels, wte, x))
+        return lax.map(lambda chunk: loss(*chunk), split_tokens(x, targets, len(wte))).reshape(targets.shape)
 
     return map_shards(on_shard, (TOKENS, TOKENS, P()), TOKENS)(targets, x, wte)
 
@@ -76,14 +81,16 @@ def loss_and_gradients(kernels: Kernels, targets: Array, x: Array, wte: Array) -
     tokens = math.prod(targets.shape)  # on all devices
 
     def on_shard(targets: Array, x: Array, wte: Array) -> tuple[Array, Array, Array]:
-        def add_chunk(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-            x, targets = chunk
-            mean = lambda x, wte: cross_entropy(kernels, wte, x, targets).sum() / tokens  # noqa: E731
-            loss, (x_gradient, wte_gradient) = jax.value_and_grad(mean, (0, 1))(x, wte)
-            return jax.tree.map(jnp.add, sums, (loss, wte_gradient)), x_gradient
+        table = make_table(kernels, wte, x)
 
-        zeros = jnp.zeros(()), jnp.zeros_like(wte)
-        (loss, wte_gradient), x_gradient = lax.scan(add_chunk, zeros, split_tokens(x, targets, len(wte)))
+        def add_chunk(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+            mean = lambda table, x: cross_entropy(kernels, len(wte), table, x, chunk[1]).sum() / tokens  # noqa: E731
+            loss, (table_gradient, x_gradient) = jax.value_and_grad(mean, (0, 1))(table, chunk[0])
+            return jax.tree.map(jnp.add, sums, (loss, table_gradient.astype(wte.dtype))), x_gradient
+
+        zeros = jnp.zeros(()), jnp.zeros(table.shape, wte.dtype)
+        (loss, table_gradient), x_gradient = lax.scan(add_chunk, zeros, split_tokens(x, targets, len(wte)))
+        wte_gradient = table_gradient[: len(wte)]
         return sum_over_devices(loss), x_gradient.reshape(x.shape), sum_over_devices(wte_gradient)
 
     on_shards = map_shards(on_shard, (TOKENS, TOKENS, P()), (P(), TOKENS, P()))

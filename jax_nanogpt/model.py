@@ -85,23 +85,14 @@ def attend(q: Array, k: Array, v: Array, visible: Array, dropout: Callable[[Arra
     return (dropout(weights) if dropout else weights) @ v  # B, H, T, D
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def dot_general(
     x: Array, kernel: Array, dimensions: Dimensions, precision: Any = None, preferred_element_type: Any = None
 ) -> Array:
-    """lax.dot_general, whose gradient is cast to x's dtype: the logits are float32, and the two products of their
-    gradient would be in float32 too, which accelerators compute at half of bfloat16's rate or less."""
-    return lax.dot_general(x, kernel, dimensions, precision, preferred_element_type)
-
-
-def dot_general_gradients(
-    dimensions: Dimensions, precision: Any, preferred_element_type: Any, operands: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    _, pull = jax.vjp(lambda x, kernel: lax.dot_general(x, kernel, dimensions, precision), *operands)
-    return pull(gradient.astype(operands[0].dtype))
-
-
-dot_general.defvjp(lambda x, kernel, *options: (dot_general(x, kernel, *options), (x, kernel)), dot_general_gradients)
+    """lax.dot_general for x [..., C] and a kernel [C, F] or [F, C], by rows: the kernel's gradient is then a sum over
+    one axis. For a sum over two XLA transposes x."""
+    over_C = ((1,), dimensions[0][1]), ((), ())
+    y = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, over_C, precision, preferred_element_type)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +101,8 @@ class Kernels:
 
     attend: Callable = attend
     dot_general: Callable = dot_general
+    fix_layout: Callable[[Array], Array] | None = None  # of what the blocks add to, [B, T, C]
+    recompute_gelu: bool = False  # in the backward pass, from the product before it: less is kept, and read again
     vocab_multiple: int = 1  # the training loss pads the logits to a multiple of this: accelerators multiply tiles
 
 
@@ -164,6 +157,10 @@ class CausalSelfAttention(nn.Module):
         return Dropout(c.dropout)(residual_linear(c, kernels, "c_proj")(y), rows), cache
 
 
+def gelu(x: Array) -> Array:
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
 class MLP(nn.Module):
     config: GPTConfig
     kernels: Kernels
@@ -171,7 +168,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array, rows: Array | None) -> Array:
         c = self.config
-        x = nn.gelu(linear(c, self.kernels, 4 * c.n_embd, "c_fc")(x), approximate=True)  # B, T, 4C
+        x = linear(c, self.kernels, 4 * c.n_embd, "c_fc")(x)  # B, T, 4C
+        recompute = self.kernels.recompute_gelu and rows is not None
+        x = (jax.checkpoint(gelu) if recompute else gelu)(x)
         x = constrain(x, BATCH, None, "tensor")
         return Dropout(c.dropout)(residual_linear(c, self.kernels, "c_proj")(x), rows)
 
@@ -220,6 +219,7 @@ class GPT(nn.Module):
         wte, wpe = constrain(wte), constrain(wpe)  # one all-gather, for the lookup and for the head
         positions = lax.dynamic_slice_in_dim(wpe, start, tokens.shape[1])
         x = constrain((wte[tokens] + positions).astype(c.dtype), BATCH, "tensor")  # B, T, C
+        x = self.kernels.fix_layout(x) if self.kernels.fix_layout else x
         x = Dropout(c.dropout)(x, rows)
         x, new_cache = self.blocks(x, cache, start, rows, only)
         x = layer_norm(c, "ln_f")(x)

@@ -17,13 +17,14 @@ import flax.linen as nn
 import jax
 import matplotlib
 import numpy as np
+from jax import lax
 
 from jax_nanogpt import model
 from jax_nanogpt.benchmarks.gpu import interleave
 from jax_nanogpt.config import Config, configure
 from jax_nanogpt.files import write_file
 from jax_nanogpt.kernels import choose_kernels
-from jax_nanogpt.model import GPT, Dropout, GPTConfig, init_params
+from jax_nanogpt.model import GPT, Dropout, GPTConfig, Kernels, init_params
 from jax_nanogpt.optimizer import make_optimizer
 from jax_nanogpt.runtime import choose_devices, describe
 from jax_nanogpt.train import train_iterations
@@ -76,7 +77,7 @@ def shakespeare() -> tuple[Config, GPTConfig, np.ndarray]:
 def programs(device: jax.Device) -> dict[str, Callable[[], None]]:
     """name -> call"""
     settings, config, examples = shakespeare()
-    plain, rows = GPT(config), GPT(config, choose_kernels(device, "float32"))
+    plain, rows = GPT(config, Kernels(dot_general=lax.dot_general)), GPT(config, choose_kernels(device, "float32"))
     half = GPT(replace(config, dtype="bfloat16"), choose_kernels(device, "bfloat16"))
     return {
         "plain JAX: an iteration a call": trainer(settings, plain, examples, 1, ThreefryDropout),

@@ -14,7 +14,7 @@ from jax import lax
 from jax_nanogpt import kernels
 from jax_nanogpt.benchmarks import gpu as bench_gpu
 from jax_nanogpt.benchmarks import step as bench_step
-from jax_nanogpt.kernels import dot_general, fused_attend
+from jax_nanogpt.kernels import fused_attend, training_dot_general
 from jax_nanogpt.loss import mean_loss
 from jax_nanogpt.model import GPT, GPTConfig, Kernels, attend, init_params
 from jax_nanogpt.runtime import has_bfloat16
@@ -26,9 +26,13 @@ DIMENSIONS = {"kernel": (((2,), (0,)), ((), ())), "tied head": (((2,), (1,)), ((
 MODEL = GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_the_loss_and_gradients_of_a_model_are_those_without_kernels(dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "tolerance"),
+    [("float32", Kernels(), 1e-5), ("bfloat16", Kernels(dot_general=training_dot_general), 2e-2)],
+)
+def test_the_loss_and_gradients_of_a_model_are_those_of_plain_products(dtype, kernels, tolerance):
     """In bfloat16 the two round at other places: the rows' products keep sums in float32 for longer."""
+    plain = Kernels(dot_general=lax.dot_general)
     config, examples = replace(MODEL, dtype=dtype), np.random.default_rng(0).integers(65, size=(4, 17))
     params = init_params(config, jax.random.key(0))
 
@@ -37,7 +41,7 @@ def test_the_loss_and_gradients_of_a_model_are_those_without_kernels(dtype, tole
         loss = lambda p: mean_loss(GPT(config, kernels), p, examples, rows, key)  # noqa: E731
         return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params))
 
-    for ours, theirs in zip(*map(loss_and_gradients, (Kernels(dot_general=dot_general), Kernels())), strict=True):
+    for ours, theirs in zip(*map(loss_and_gradients, (kernels, plain)), strict=True):
         assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
@@ -52,7 +56,7 @@ def test_no_bfloat16_product_is_computed_in_float32(dimensions):
         text = jax.jit(gradient).lower(jnp.ones((12, 96, 192), jnp.bfloat16), kernel).compile().as_text()
         return re.findall(r"= f32\[\S+ convert\(", text)
 
-    assert widened(lax.dot_general) and not widened(dot_general)
+    assert widened(lax.dot_general) and not widened(training_dot_general)
 
 
 def test_each_device_and_dtype_has_its_kernels(monkeypatch):
@@ -62,19 +66,20 @@ def test_each_device_and_dtype_has_its_kernels(monkeypatch):
         device = SimpleNamespace(platform=platform, client=client, compute_capability=capability)
         return kernels.choose_kernels(device, dtype)
 
-    plain, rows, tiles = Kernels(), Kernels(dot_general=dot_general), Kernels(vocab_multiple=128)
-    fused = replace(tiles, attend=fused_attend)
-    assert on("cpu", "", "float32", False) == on("cpu", "", "float16", False) == on("cpu", "", "bfloat16") == rows
-    assert on("cpu", "", "bfloat16", False) == plain
+    plain, half, tiles = Kernels(), Kernels(dot_general=training_dot_general), Kernels(vocab_multiple=128)
+    gpu = replace(tiles, fix_layout=kernels.rows_in_order, recompute_gelu=True)
+    fused = replace(gpu, attend=fused_attend)
+    assert on("cpu", "", "bfloat16") == half
+    assert on("cpu", "", "float32") == on("cpu", "", "float16") == on("cpu", "", "bfloat16", False) == plain
     assert on("gpu", "PJRT\ncuda 12090", "bfloat16") == on("gpu", "cuda 13000", "float16") == fused
     assert on("gpu", "cuda 12090", "bfloat16", capability="8.0") == on(
         "gpu", "cuda 12090", "bfloat16", capability="12.0"
     )
     assert on("gpu", "cuda 12090", "bfloat16", capability="12.0") == fused
-    assert on("gpu", "cuda 12090", "bfloat16", capability="7.5") == tiles  # Turing
-    assert on("gpu", "cuda 12090", "float32") == on("gpu", "rocm 60300", "bfloat16") == tiles
+    assert on("gpu", "cuda 12090", "bfloat16", capability="7.5") == gpu  # Turing
+    assert on("gpu", "cuda 12090", "float32") == on("gpu", "rocm 60300", "bfloat16") == gpu
     assert on("tpu", "", "bfloat16") == on("tpu", "", "float32") == tiles
-    assert kernels.choose_kernels(jax.devices("cpu")[0], "float32") == rows
+    assert kernels.choose_kernels(jax.devices("cpu")[0], "float32") == plain
 
 
 # --- cuDNN's attention; JAX has the same function for a CPU

@@ -3,6 +3,7 @@ bfloat16 step in float32."""
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from jax_nanogpt import loss as training_loss
 from jax_nanogpt.config import Config
-from jax_nanogpt.kernels import dot_general, fused_attend
+from jax_nanogpt.kernels import choose_kernels
 from jax_nanogpt.loss import losses, mean_loss
 from jax_nanogpt.model import GPT, GPTConfig, Kernels, init_params, stack_layers
 from jax_nanogpt.optimizer import make_optimizer
@@ -26,7 +27,7 @@ ROWS = jnp.arange(4, dtype=jnp.uint32)
 CASES = {  # the kernels, and the logits of a chunk
     "whole": (Kernels(), 2**27),
     "padded, 4 chunks": (Kernels(vocab_multiple=128), 50 * 64),
-    "by rows, 8 chunks for want of a divisor": (Kernels(dot_general=dot_general), 50 * 48),
+    "8 chunks for want of a divisor": (Kernels(), 50 * 48),
 }
 
 
@@ -37,7 +38,7 @@ def params():
 
 @pytest.mark.parametrize(("kernels", "chunk"), CASES.values(), ids=CASES)
 def test_the_loss_and_gradients_are_those_of_whole_logits(kernels, chunk, params, monkeypatch):
-    monkeypatch.setattr(training_loss, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(training_loss, "CHUNK_BYTES", 4 * chunk)
     model = GPT(TINY, kernels)
 
     def plain(p):
@@ -53,7 +54,7 @@ def test_the_loss_and_gradients_are_those_of_whole_logits(kernels, chunk, params
 
 def test_the_logits_are_never_whole(params, monkeypatch):
     """In the training step and in evaluation, forward and back."""
-    monkeypatch.setattr(training_loss, "CHUNK_LOGITS", 50 * 64)
+    monkeypatch.setattr(training_loss, "CHUNK_BYTES", 4 * 50 * 64)
     model = GPT(TINY, Kernels(vocab_multiple=56))
     step = jax.jit(jax.value_and_grad(lambda p: mean_loss(model, p, EXAMPLES, ROWS, jax.random.key(0))))
     programs = step.lower(params), jax.jit(losses, static_argnums=0).lower(model, params, EXAMPLES)
@@ -67,11 +68,24 @@ def test_the_logits_are_never_whole(params, monkeypatch):
 # --- the whole step in bfloat16, lowered for accelerators that are not here
 
 
+def lower(model, rule, params, platform):
+    """The training step in StableHLO."""
+    state = params, jax.eval_shape(rule.init, params)
+    traced = train_iterations.trace(model, rule, *state, EXAMPLES[None, None], 0, 1, jax.random.key(0))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def kernels_of(platform):
+    device = SimpleNamespace(platform="gpu" if platform == "cuda" else platform, compute_capability="9.0")
+    device.client = SimpleNamespace(platform_version="cuda 12090")
+    return choose_kernels(device, "bfloat16")
+
+
 def products(text):
-    """The element types of the operands of each dot_general in StableHLO."""
-    found = re.findall(r"stablehlo\.dot_general.*: \(tensor<\S*?(\w+)>, tensor<\S*?(\w+)>\)", text)
+    """The element types of each dot_general's operands and result."""
+    found = re.findall(r"stablehlo\.dot_general.*: \(tensor<(\S*)>, tensor<(\S*)>\) -> tensor<(\S*)>", text)
     assert len(found) == text.count("stablehlo.dot_general")
-    return [operand.rpartition("x")[2] for pair in found for operand in pair]
+    return [array.rpartition("x")[2] for product in found for array in product]
 
 
 @pytest.mark.usefixtures("with_cudnn")
@@ -80,14 +94,21 @@ def products(text):
     [("cuda", "adamw", False), ("cuda", "muon", True), ("tpu", "adamw", True), ("tpu", "muon", False)],
 )
 def test_no_product_of_a_bfloat16_step_has_float32_operands(platform, optimizer, scanned, params):
-    kernels = Kernels(attend=fused_attend, vocab_multiple=128) if platform == "cuda" else Kernels(vocab_multiple=128)
+    """Nor a result in it: the logits' would be the largest array."""
     rule = make_optimizer(Config(dtype="bfloat16", optimizer=optimizer))
-    params = stack_layers(params) if scanned else params
-    state = params, jax.eval_shape(rule.init, params)
-    model = GPT(replace(TINY, dtype="bfloat16"), kernels)
-    traced = train_iterations.trace(model, rule, *state, EXAMPLES[None, None], 0, 1, jax.random.key(0))
-    operands = products(traced.lower(lowering_platforms=(platform,)).as_text())
-    assert len(operands) > 20 and set(operands) == {"bf16"}
+    model = GPT(replace(TINY, dtype="bfloat16"), kernels_of(platform))
+    found = products(lower(model, rule, stack_layers(params) if scanned else params, platform))
+    assert len(found) > 30 and set(found) == {"bf16"}
+
+
+@pytest.mark.usefixtures("with_cudnn")
+def test_a_gpu_neither_transposes_activations_nor_keeps_those_of_gelu(params):
+    model = GPT(replace(TINY, dtype="bfloat16"), kernels_of("cuda"))
+    text = lower(model, make_optimizer(Config(dtype="bfloat16")), params, "cuda")
+    summed = re.findall(r"stablehlo\.dot_general.* contracting_dims = \[(.*?)\] x \[(.*?)\]", text)
+    assert len(summed) > 10 and not [axes for pair in summed for axes in pair if "," in axes]
+    assert len(re.findall(r"@LayoutConstraint\(.*xbf16>", text)) == 2  # forward and back
+    assert text.count("stablehlo.tanh") == 2 * TINY.n_layer  # forward, and again back
 
 
 def test_scanned_layers_are_the_same_model(params):

@@ -117,10 +117,28 @@ def tables(document: dict) -> dict[str, str]:
     found["summary"] = summary_table(rows)
     found |= {name: project_table(rows, name) for name in sorted({row["name"] for row in rows if row["ours"]})}
     found["training"] = training.table(document["training"])
+    found["gpu"] = gpu_table(json.loads((FIGURES / "gpu.json").read_text(encoding="utf-8")))
     found["machine"] = machine_table(document["machine"])
     limits = roofline.rows(roofline.devices(document["machine"]))
     limits = [row for row in limits if row["precision"] in ("float32", "float16", roofline.HALF)]
     return found | {"roofline": roofline.table(limits, ["gpt2", "gpt2-xl"])}
+
+
+def gpu_table(document: dict) -> str:
+    """What jax_nanogpt/benchmarks/gpu.py measured on a GPU."""
+    lines = [
+        [
+            document["device"],
+            row["work"],
+            str(row["batch"]),
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['tflops']:.0f} TFLOP/s, {row['mfu']:.1%} of the peak",
+            f"{row['ratio']:.2f} × {row['peer']}",
+            f"{document['date']}, {document['versions'].partition(',')[0]}",
+        ]
+        for row in document["results"]
+    ]
+    return markdown(["GPU", "work", "batch", "tokens/s", "arithmetic", "beside", "measured"], lines)
 
 
 def machine_table(here: dict) -> str:
