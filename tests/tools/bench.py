@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -35,6 +36,8 @@ PEERS = (REFEREE, "ctranslate2", "llama", "onnxruntime", "openvino")
 PROMPT, NEW_TOKENS, WARM_STARTS = 16, 64, 1
 EXACT = ("float32", "bfloat16", "float16")  # of these, a peer's perplexity is not measured
 BUSY = 0.15  # of the CPUs' time
+# what takes a minute each to start, and says no more on the other model
+SKIPPED = {("gpt2", "int4-awq-fast"), ("gpt2-nano", "compiled")}
 
 
 @dataclass
@@ -76,6 +79,19 @@ def run_python(root: Path, home: Path, python: Path, code: str, *words) -> str:
 # -- which engines
 
 
+def environment_name(name: str) -> str:
+    return f"peer-{name}" if name in PEERS else env_of(name)
+
+
+def make_environments(root: Path, names: list[str]) -> None:
+    """Two at a time. find_engines says of one that cannot be made why."""
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(make_environment, root, environment_name(name)) for name in names]
+    for result in made:
+        if not isinstance(error := result.exception(), Failed | None):
+            raise error
+
+
 def find_engines(root: Path, scratch: Path, model: str, folder: Path, names: list[str]) -> tuple[list, list]:
     """An Engine for each dtype of each name, and a row for each name that cannot run here."""
     engines, failed = [], []
@@ -84,7 +100,7 @@ def find_engines(root: Path, scratch: Path, model: str, folder: Path, names: lis
         module = f"{name}.bench" if ours else f"tests.tools.peers.{name}"
         home = scratch / model / name
         try:
-            python = make_environment(root, env_of(name) if ours else f"peer-{name}")
+            python = make_environment(root, environment_name(name))
             code = f"import json; from {module} import DTYPES; print(json.dumps(DTYPES))"
             widths = json.loads(last_line(run_python(root, home, python, code).splitlines()))
             own = folder if ours or name == REFEREE else convert(root, home, python, module, folder)
@@ -93,7 +109,8 @@ def find_engines(root: Path, scratch: Path, model: str, folder: Path, names: lis
             failed.append({"model": model, "name": name, "ours": ours, "error": str(error)})
             continue
         for dtype, width in widths.items():
-            engines.append(Engine(name, module, python, dtype, width, own, home / dtype))
+            if (model, dtype) not in SKIPPED:
+                engines.append(Engine(name, module, python, dtype, width, own, home / dtype))
     return engines, failed
 
 
@@ -246,7 +263,7 @@ def measure_model(root: Path, scratch: Path, model: str, names: list[str], args)
         print(f"\n{tables.TITLES[model]}, {width}", flush=True)
         measure(group, root, requests, expected, args.rounds)
         if model == "gpt2-nano":
-            windows = held_out()[::3]
+            windows = held_out()[::6]
             for engine in group:
                 if "error" not in engine.row and (engine.ours or width not in EXACT):
                     perplexity(engine, root, windows)
@@ -265,7 +282,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--peers", action="store_true", help="all peers, and the training step (default: transformers alone)")
     add("--models", nargs="+", choices=tables.TITLES, default=[*tables.TITLES])
-    add("--rounds", type=int, default=5, help="the median of so many (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="the median of so many (default: %(default)s)")
     add("--only", nargs="+", metavar="NAME", help="these engines, beside transformers")
     add("--busy", action="store_true", help="measure beside other work too")
     add("--to", type=Path, default=ROOT / "results" / "bench", metavar="FOLDER")
@@ -282,6 +299,7 @@ def main(root: Path, argv: list[str] | None = None) -> int:
         parser.error(f"--only must be of {', '.join(names)}, training, got {', '.join(sorted(unknown))}")
     if args.only:
         names = [REFEREE, *(name for name in (*PEERS[1:], *projects(root)) if name in args.only)]
+    make_environments(root, names)
     used = machine.share_used()
     if used > BUSY and not args.busy:
         parser.error(f"other work uses {used:.0%} of the CPUs: wait for it, or give --busy")

@@ -139,6 +139,25 @@ def test_an_environment_that_cannot_be_made_is_named(add_file, run):
     assert "decode" in rows["alpha_gpt", "float32"]
 
 
+def test_environments_are_made_before_anything_is_measured(checkout, run, monkeypatch):
+    made, calls = [], checkout / "calls"
+    make = bench.make_environment
+
+    def make_environment(root, env):
+        made.append((env, calls.exists()))
+        return make(root, env)
+
+    monkeypatch.setattr(bench, "make_environment", make_environment)
+    run()
+    assert {env for env, measured in made if not measured} >= {"alpha", "beta", "peer-referee"}
+
+
+def test_what_says_no_more_on_a_model_is_skipped(add_engine, run, monkeypatch):
+    add_engine(Path("alpha_gpt/bench.py"), dtypes=("float32", "int8"))
+    monkeypatch.setattr(bench, "SKIPPED", {("gpt2-nano", "int8")})
+    assert {dtype for _, dtype in run()[2]} == {"float32"}
+
+
 def test_a_run_beside_other_work_is_refused(run, monkeypatch, capfd):
     monkeypatch.setattr(machine, "share_used", lambda: 0.5)
     with pytest.raises(SystemExit, match="2"):

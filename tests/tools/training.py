@@ -43,7 +43,7 @@ class Model:
     batch: int
     tokens: int  # of each text
     iterations: int  # in a request
-    rounds: int = 5  # at most
+    rounds: int = 3  # at most
     dropout: float = 0.0
 
 
@@ -64,7 +64,7 @@ MODELS = {
         batch=4,
         tokens=256,
         iterations=1,
-        rounds=3,  # llm.c takes half a minute for each
+        rounds=2,  # llm.c takes half a minute for each
     ),
 }
 
