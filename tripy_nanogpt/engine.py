@@ -31,7 +31,7 @@ def load(folder, dtype="float16", device="auto", quantization=NOT_QUANTIZED, exe
     """
     mode = check_mode(quantization.mode) if quantization.mode else None
     config = replace(read_config(folder), dtype=getattr(tp, dtype), quant_mode=mode)
-    device = choose_device(device, quantization.fast)
+    device = choose_device(device, quantization.fast, mode)
     if mode:
         key, weights, calibrated_on = prepare(folder, config, quantization.calibration_data, executables)
     else:

@@ -33,10 +33,15 @@ def count_params(config):
     return (config.vocab_size + config.block_size) * C + config.n_layer * (12 * C * C + 13 * C) + 2 * C
 
 
-def init_cache(config, batch=1):
+def init_cache(config: GPTConfig, batch: int = 1) -> list[list[tp.InputInfo]]:
     """[k, v] of each layer, each (B, H, S, D), as decode is compiled for it; prefill fills and returns the cache."""
     shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-    return [[tp.InputInfo(shape, dtype=config.dtype), tp.InputInfo(shape, dtype=config.dtype)]] * config.n_layer
+    return [[tp.InputInfo(shape, dtype=attention_dtype(config)) for _ in "kv"] for _ in range(config.n_layer)]
+
+
+def attention_dtype(config: GPTConfig) -> tp.dtype:
+    """float32 for int4 and float8, as in NVIDIA's example: TensorRT is less accurate in float16, or fails."""
+    return tp.float32 if config.quant_mode in ("int4-weight-only", "int4-awq", "float8") else config.dtype
 
 
 def gelu(x):
@@ -80,7 +85,7 @@ class Int4Linear(tp.Module):
 
 
 def int4_block(config):
-    """ModelOpt's block of 128 inputs; gpt2-xl's width, 1,600, is a multiple of 64 only."""
+    """ModelOpt's block of 128 inputs, or 64, the other that TensorRT documents: gpt2-xl's width is 1,600."""
     for size in 128, 64:
         if config.n_embd % size == 0:
             return size
@@ -99,18 +104,19 @@ class CausalSelfAttention(tp.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
+        self.dtype = attention_dtype(config)
         self.c_attn = linear(config, config.n_embd, 3 * config.n_embd)
         self.c_proj = linear(config, config.n_embd, config.n_embd)
 
     def forward(self, x, T, visible, at_position=None, cache=None):
-        qkv = tp.reshape(self.c_attn(x), (1, T, 3, self.n_head, self.head_size))
+        qkv = tp.reshape(tp.cast(self.c_attn(x), self.dtype), (1, T, 3, self.n_head, self.head_size))
         qkv = tp.permute(qkv, (2, 0, 3, 1, 4))
         q, k, v = qkv[0], qkv[1], qkv[2]  # (1, H, T, D)
         if cache:  # Tripy has no scatter: the cache update is a tp.where
             k, v = tp.where(at_position, k, cache[0]), tp.where(at_position, v, cache[1])  # (1, H, S, D)
         scores = (q @ tp.transpose(k, -2, -1)) * (1 / math.sqrt(self.head_size))  # (1, H, T, T or S)
         weights = tp.softmax(tp.where(visible, scores, float("-inf")), dim=-1)
-        y = tp.transpose(weights @ v, 1, 2)  # (1, T, H, D)
+        y = tp.cast(tp.transpose(weights @ v, 1, 2), x.dtype)  # (1, T, H, D)
         return self.c_proj(tp.reshape(y, (1, T, self.n_head * self.head_size))), [k, v]
 
 

@@ -44,6 +44,7 @@ NEEDS = {
     "network": lambda: _prints("200", sys.executable, "-c", _OPEN),
     "package index": lambda: _prints(r"pip \(", sys.executable, *_INDEX),
     "nvidia gpu": lambda: _prints(r"GPU \d", "nvidia-smi", "-L"),
+    "fp8 gpu": lambda: _prints(r"^(8\.9|9|\d\d)", "nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"),
     "neuron core": lambda: Path("/dev/neuron0").exists(),
     "cloud ai 100": lambda: _prints(r"Status:\s*Ready", "/opt/qti-aic/tools/qaic-util", "-q"),
 }

@@ -202,6 +202,13 @@ def test_half_precision_reductions_accumulate_in_float32(dtype):
     agree(run(lambda x, y: x @ y, x, y), (x.double() @ y.double()).to(dtype))
 
 
+def test_allclose_is_torchs():
+    x = torch.randn(2, 3)
+    for y in x, x + 1, x + 1e-9, torch.cat([x[:1], x[1:] + 1]):
+        assert tp.allclose(tp.Tensor(x), tp.Tensor(y)) == torch.allclose(x, y)
+    assert torch.equal(run(lambda x: tp.prod(x, dim=(0, 2)), x[None]), x.prod(1))
+
+
 @pytest.mark.parametrize("part", [slice(2), slice(-1, None), slice(None, None, -2), slice(3, 1), slice(1, 9, 2), 4])
 def test_slices(part):
     x = torch.arange(15.0).reshape(5, 3)
@@ -279,6 +286,22 @@ def test_attention_with_any_mask(mask, dim):
     expected = scores.softmax(dim) @ v.double()
     ours = run(attend, q, k, v, visible.contiguous())
     assert torch.allclose(ours.double(), expected, atol=1e-5, equal_nan=True)
+
+
+@HALF
+@pytest.mark.parametrize("mask", ["first", "one row of holes", "causal"])
+def test_half_precision_attention_and_gelu_are_rounded_once(mask, dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 8, 6, 64).to(dtype).unbind()
+    visible = MASKS[mask].expand(1, 1, 6, 6) if MASKS[mask].ndim == 2 else MASKS[mask].reshape(1, 1, 1, 6)
+
+    def attend(q, k, v, visible):
+        scores = (q @ tp.transpose(k, -2, -1)) * 0.125
+        return tp.softmax(tp.where(visible, scores, float("-inf")), dim=3) @ v
+
+    scores = (q.double() @ k.double().transpose(-2, -1) * 0.125).masked_fill(~visible, -torch.inf)
+    agree(run(attend, q, k, v, visible.contiguous()), (scores.softmax(3) @ v.double()).to(dtype))
+    agree(run(gelu, v), F.gelu(v.double(), approximate="tanh").to(dtype))
 
 
 # -- errors
@@ -475,6 +498,16 @@ def test_fast_products_are_within_1e_2(kind, out, into, rows, fast, monkeypatch)
     assert 1e-5 < error < 1e-2 if fast else error < 1e-6
 
 
+def test_int8_keeps_14_bits_of_each_row():
+    """The largest of a row is 63 * 126 steps."""
+    torch.manual_seed(0)
+    q, scale = torch.randint(-127, 128, (320, 256), dtype=torch.int8), torch.rand(320, 1)
+    x = torch.randn(3, 256) * torch.tensor([[1.0], [1e3], [0.0]])
+    exact = x.double() @ (q * scale).double().t()
+    error = (tripy_cpu.weights.Int8(q, scale)(x) - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-9)
+    assert (error < 3e-4).all() and error[0] > 1e-5 and error[2] == 0
+
+
 @pytest.mark.parametrize("kind, size", [("int8", 0.27), ("int4-in", 0.15)])
 @FAST
 def test_quantized_weights_are_saved_at_their_size(kind, size, fast, monkeypatch, tmp_path):
@@ -496,14 +529,14 @@ def refuse(*args):
 
 def saturate(product):
     """As int8 kernels do without VNNI: sums of two products are held in 16 bits."""
-    return lambda x, q, *rest: product(x, q.clamp(-64, 64), *rest)
+    return lambda q, *rest: product(q.clamp(-64, 64), *rest)
 
 
 @pytest.mark.parametrize(
     ("kernel", "kind", "instead"),
     [
-        ("_weight_int8pack_mm", "int8", refuse),
-        ("_weight_int8pack_mm", "int8", saturate(torch._weight_int8pack_mm)),
+        ("_make_per_channel_quantized_tensor", "int8", refuse),
+        ("_make_per_channel_quantized_tensor", "int8", saturate(torch._make_per_channel_quantized_tensor)),
         ("_weight_int4pack_mm_for_cpu", "int4-in", refuse),
         ("_convert_weight_to_int4pack_for_cpu", "int4-in", refuse),
     ],
@@ -521,7 +554,7 @@ def without_float16(monkeypatch):
 @pytest.mark.parametrize("kind", ["int8", "int4-in"])
 def test_fast_is_exact_and_says_so_without_any_kernel(kind, monkeypatch):
     monkeypatch.setattr(tripy_cpu.weights, "FAST", None)
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", refuse)
+    monkeypatch.setattr(torch, "_make_per_channel_quantized_tensor", refuse)
     without_float16(monkeypatch)
     assert f"quantized weights multiplied in {SLOW}" in choose_device("auto", fast=True)
     assert error_of(*quantized(kind), rows=1) < 1e-6
@@ -541,10 +574,7 @@ def test_half_precision_is_multiplied_in_float32_without_a_kernel(dtype, monkeyp
 def test_this_cpus_kernels_are_used_where_they_compute_right(monkeypatch):
     monkeypatch.setattr(tripy_cpu.weights, "FAST", None)
     assert choose_device("auto") == f"cpu: {tripy_cpu.ENGINE}"
-    assert (
-        choose_device("auto", fast=True)
-        == f"cpu: {tripy_cpu.ENGINE}, quantized weights multiplied in bfloat16 or float16"
-    )
+    assert choose_device("auto", fast=True) == f"cpu: {tripy_cpu.ENGINE}, quantized weights multiplied in 16 bits"
 
 
 # -- files
@@ -579,7 +609,7 @@ def test_save_and_load(saved, kind, fast, monkeypatch):
 def test_saved_programs_hold_data_only(saved):
     data = saved()[1].read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert json.loads(header["__metadata__"]["tripy_cpu"])["format"] == "tripy_cpu 4"
+    assert json.loads(header["__metadata__"]["tripy_cpu"])["format"] == "tripy_cpu 5"
     assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F32", "I8", "I32", "BOOL"}
 
 
@@ -591,7 +621,7 @@ def test_spoilt_programs_are_refused(saved, spoil):
         "half": data[: len(data) // 2],
         "empty": b"",
         "pickle": b"\x80\x04\x95" + data[3:],
-        "foreign": data.replace(b"tripy_cpu 4", b"tripy_cpu 9"),
+        "foreign": data.replace(b"tripy_cpu 5", b"tripy_cpu 9"),
         "operation": data.replace(b"matmul.MatrixMultiply", b"matmul.MatrixMultiplx"),
         "name": data.replace(b']], [[\\"%t', b']], [[\\"%u'),
     }[spoil]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from shared.tokenizer import find_model
 from tripy_nanogpt import engine as engines
 from tripy_nanogpt import files
 from tripy_nanogpt.engine import load
+from tripy_nanogpt.tripy_cpu import weights
 
 pytestmark = pytest.mark.engine
 
@@ -69,13 +71,16 @@ def test_an_executable_that_does_not_match_its_sha256_is_not_loaded(tiny, writte
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
-def test_executables_share_a_file_of_weights_without_which_they_are_not_loaded(wide, tmp_path, capsys, spoil):
+def test_executables_share_a_file_of_weights_without_which_they_are_not_loaded(
+    wide, tmp_path, capsys, monkeypatch, spoil
+):
     logits = run(load(wide, "float32", executables=tmp_path))
     (path,) = tmp_path.glob("*/*.weights")
     table = 4 * 1408 * 128  # and, transposed, the head
     assert path.stat().st_size == 2 * table + 4 * 2 * 12 * 128 * 128
     assert all(program.stat().st_size < table for program in path.parent.glob("*.executable"))
     spoil(path)
+    monkeypatch.setattr(weights, "_shared", WeakValueDictionary())  # as in another process
     again = load(wide, "float32", executables=tmp_path)
     np.testing.assert_allclose(run(again), logits, atol=1e-5)
     assert again.compiled[0] == "prefill" and "lacks its weights: recompiled" in capsys.readouterr().err

@@ -1,8 +1,7 @@
 """Operations of a program that one kernel computes: a linear layer with its bias and GELU, and attention.
 
 A pattern is written as the operations nest: (operation, inputs...). A str is any tensor, the same one each time, and a
-number a constant of one element. What is then without a use is removed. Float32 only: half precision rounds after each
-operation.
+number a constant of one element. What is then without a use is removed. In half precision a kernel rounds once.
 """
 
 import json
@@ -19,6 +18,7 @@ GELU = ("binary.Mul", ("binary.Mul", "x", 0.5), ("binary.Add", TANH, 1.0))
 SCORES = ("binary.Mul", ("matmul.MatrixMultiply", "q", ("permute.Permute", "k")), "scale")
 ATTENTION = ("matmul.MatrixMultiply", ("softmax.Softmax", ("where.Where", "visible", SCORES, -math.inf)), "v")
 ATTRIBUTES = {"permute.Permute": {"permutation": [0, 1, 3, 2]}, "softmax.Softmax": {"dim": 3}}
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative, of a constant
 LINEAR = ("binary.Add", ("matmul.MatrixMultiply", "x", "weight"), "bias")
 
 
@@ -26,15 +26,15 @@ class Fusion:
     def __init__(self, nodes, constants, outputs):
         """outputs: names. constants gets the vectors that fused nodes read."""
         self.constants, self.outputs = constants, outputs
-        self.producers = {name: node for node in nodes for name in node.outputs}
+        self.producers = {node.output: node for node in nodes}
 
     def match(self, name, pattern, found):
         """Whether name is computed as pattern says; found gets the names of its tensors."""
         if isinstance(pattern, str):
             return found.setdefault(pattern, name) == name
         if isinstance(pattern, float):
-            value = self.number(name)
-            return value is not None and (value == pattern or math.isclose(value, pattern, rel_tol=1e-6))
+            value, dtype = self.number(name), getattr(self.constants.get(name), "dtype", None)
+            return value is not None and (value == pattern or math.isclose(value, pattern, rel_tol=TOLERANCES[dtype]))
         node = self.producers.get(name)
         if node is None or node.op != pattern[0] or len(node.inputs) != len(pattern) - 1:
             return False
@@ -44,11 +44,12 @@ class Fusion:
 
     def number(self, name):
         value = self.constants.get(name)
-        return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else None
+        is_number = isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype in TOLERANCES
+        return value.item() if is_number else None
 
     def linear(self, node):
         found = {}
-        if not self.match(node.outputs[0], LINEAR, found):
+        if not self.match(node.output, LINEAR, found):
             return []
         weight, bias = self.constants.get(found["weight"]), self.constants.get(found["bias"])
         if not callable(weight) or not isinstance(bias, torch.Tensor) or list(bias.shape[-1:]) != [bias.numel()]:
@@ -57,38 +58,35 @@ class Fusion:
             return []
         vector = f"{found['bias']} as vector"
         self.constants[vector] = bias.flatten()
-        return [Node("fused.Linear", {"gelu": False}, [found["x"], found["weight"], vector], node.outputs)]
+        return [Node("fused.Linear", {"gelu": False}, [found["x"], found["weight"], vector], node.output)]
 
     def gelu(self, node):
         found = {}
-        if not self.match(node.outputs[0], GELU, found):
+        if not self.match(node.output, GELU, found):
             return []
         linear = self.producers.get(found["x"])
         if linear and linear.op == "fused.Linear" and found["x"] not in self.outputs:
-            return [Node("fused.Linear", {"gelu": True}, linear.inputs, node.outputs)]
-        return [Node("fused.Gelu", {}, [found["x"]], node.outputs)]
+            return [Node("fused.Linear", {"gelu": True}, linear.inputs, node.output)]
+        return [Node("fused.Gelu", {}, [found["x"]], node.output)]
 
     def attention(self, node):
         found = {}
-        if not self.match(node.outputs[0], ATTENTION, found) or (scale := self.number(found["scale"])) is None:
+        if not self.match(node.output, ATTENTION, found) or (scale := self.number(found["scale"])) is None:
             return []
         extent = f"extent of {found['visible']}"
-        before = [Node("fused.Extent", {}, [found["visible"]], [extent])] if extent not in self.producers else []
+        before = [Node("fused.Extent", {}, [found["visible"]], extent)] if extent not in self.producers else []
         names = [*(found[name] for name in ("q", "k", "v", "visible")), extent]
-        return [*before, Node("fused.Attention", {"scale": scale}, names, node.outputs)]
+        return [*before, Node("fused.Attention", {"scale": scale}, names, node.output)]
 
 
-def fuse(nodes, constants, outputs, dtypes):
-    """The nodes that are left; outputs: names, dtypes: of each tensor by name."""
+def fuse(nodes, constants, outputs):
+    """The nodes that are left; outputs: names."""
     nodes = merge_equal(nodes, constants, outputs)
     fusion, fused = Fusion(nodes, constants, outputs), []
     for node in nodes:
-        new = []
-        if dtypes.get(node.outputs[0]) == "float32":
-            new = fusion.linear(node) or fusion.gelu(node) or fusion.attention(node)
-        for each in new or [node]:
+        for each in fusion.linear(node) or fusion.gelu(node) or fusion.attention(node) or [node]:
             fused.append(each)
-            fusion.producers.update(dict.fromkeys(each.outputs, each))
+            fusion.producers[each.output] = each
     return remove_unused(fused, outputs)
 
 
@@ -101,17 +99,17 @@ def merge_equal(nodes, constants, outputs):
     for node in nodes:
         node = node._replace(inputs=[names.get(name, name) for name in node.inputs])
         equal = first.setdefault((node.op, json.dumps(node.attrs), *node.inputs), node)
-        if equal is node or "written" in node.attrs or outputs.intersection(node.outputs):
+        if equal is node or "written" in node.attrs or node.output in outputs:
             kept.append(node)
         else:
-            names |= zip(node.outputs, equal.outputs, strict=True)
+            names[node.output] = equal.output
     return kept
 
 
 def remove_unused(nodes, outputs):
     needed, kept = {*outputs}, []
     for node in reversed(nodes):
-        if needed.intersection(node.outputs):
+        if node.output in needed:
             needed.update(node.inputs)
             kept.insert(0, node)
     return kept

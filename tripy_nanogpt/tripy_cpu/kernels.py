@@ -23,16 +23,12 @@ class Node(NamedTuple):
     op: str  # module and class of the Trace operation: "reduce.Max" is not "binary.Max"
     attrs: dict
     inputs: list[str]
-    outputs: list[str]
+    output: str
 
     def __call__(self, *values):
         shapes = SHAPES.get(self.op, ())
         values = (v.flatten().tolist() if p in shapes else v for p, v in enumerate(values))
-        return as_tuple(KERNELS[self.op](self.attrs, *values))
-
-
-def as_tuple(result):
-    return result if type(result) is tuple else (result,)
+        return KERNELS[self.op](self.attrs, *values)
 
 
 def wide(fn):
@@ -56,6 +52,12 @@ def reduce(fn):
     return wide(lambda op, x: fn(x, op["dim"], op["keepdim"]).to(x.dtype) if op["dim"] else x)
 
 
+def product(x: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    for dim in sorted(dims, reverse=True):  # torch.prod takes one
+        x = x.prod(dim, keepdim)
+    return x
+
+
 def layer_norm(op, x, weight, bias):
     shape = x.shape[x.ndim - len(op["normalized_shape"]) :]
     return torch.layer_norm(x, shape, weight.reshape(shape), bias.reshape(shape), op["eps"])
@@ -74,15 +76,15 @@ def linspace(op, shape, start, step):
 
 
 def slice_(op, x, start, size, stride):
-    views = []
     for dim, (first, count, step) in enumerate(zip(start, size, stride, strict=True)):
         last = first + (count - 1) * step
+        if count == x.shape[dim] and (first, step) == (0, 1):
+            continue  # all of it
         if count and step > 0 and first >= 0 and last < x.shape[dim]:
-            views.append(slice(first, last + 1, step))
+            x = x[(slice(None),) * dim + (slice(first, last + 1, step),)]
         else:  # backwards or empty, which torch's views cannot be; or out of range, which index_select reports
             x = x.index_select(dim, first + step * torch.arange(count))
-            views.append(slice(None))
-    return x[tuple(views)]
+    return x
 
 
 def spread(scale, x, dim):
@@ -109,13 +111,14 @@ def extent(op, visible):
 
 
 def attention(op, q, k, v, visible, extent):
+    dtype = q.dtype
+    if extent and extent > 0:  # keys after the last visible one add nothing, and are not read
+        k, v = k[:, :, :extent], v[:, :, :extent]
+    q, k, v = q.float(), k.float(), v.float()
     if extent is None:
         scores = (q @ k.transpose(-2, -1) * op["scale"]).where(visible, -torch.inf)
-        return scores.softmax(-1) @ v
-    if extent < 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=op["scale"])
-    # keys after the last visible one add nothing, and are not read
-    return F.scaled_dot_product_attention(q, k[:, :, :extent], v[:, :, :extent], scale=op["scale"])
+        return (scores.softmax(-1) @ v).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=extent < 0, scale=op["scale"]).to(dtype)
 
 
 KERNELS = {
@@ -133,6 +136,7 @@ KERNELS = {
     "reduce.Avg": reduce(torch.mean),
     "reduce.Max": reduce(torch.amax),
     "reduce.Min": reduce(torch.amin),
+    "reduce.Prod": reduce(product),  # tp.all, and so tp.allclose, with which NVIDIA's tests compare
     "broadcast.Broadcast": lambda op, x, shape: x.expand(shape),
     "cast.Cast": lambda op, x: x.to(DTYPES[op["dtype"]]),
     "concatenate.Concatenate": lambda op, *xs: torch.cat(xs, op["dim"]),

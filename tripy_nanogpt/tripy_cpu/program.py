@@ -1,7 +1,16 @@
-"""nvtripy's Trace as a program that torch runs.
+"""nvtripy's Trace as a program that torch runs, as TensorRT's builder would make an engine of it.
 
-lower() folds what depends only on constants and known shapes, and fuses operations, as TensorRT's builder does; a
-Program holds the steps that remain.
+    Trace, one operation after another     lower()                              Program
+    -------------------------------------  -----------------------------------  --------------------------------------
+    %1 = shape(x)                          fold: the shape of x is known        a constant, which nothing may need
+    %2 = permute(%weight)                  fold: all its inputs are constants   a constant: a view of %weight
+    %3 = matrix_multiply(x, %2)            specialize: %2 is a large matrix     Weight: x -> x @ %2, in weights.py
+    %4 = add(%3, %bias)                    fuse: Linear, in fusion.py           | one step:
+    %5 = mul(0.5, %4), ... tanh(...)       fuse: Gelu                           | gelu(x @ %2 + %bias)
+    %6 = where(slots == position, k, %c)   specialize: one slot of an input     write(k into %c), in place
+    %7 = softmax(where(mask, q @ k, -inf)) fuse: Attention                      PyTorch's fused attention
+
+Program.run() then calls one function after another, each with tensors by name, and drops a tensor after its last use.
 """
 
 import json
@@ -15,7 +24,7 @@ from nvtripy.trace.ops.base import TraceOp
 from nvtripy.trace.ops.constant import Constant
 
 from .fusion import fuse
-from .kernels import DTYPES, KERNELS, SHAPES, Node, as_tuple
+from .kernels import DTYPES, KERNELS, SHAPES, Node
 from .runtime import MemRefValue, MTRTException, PointerType, ScalarTypeCode, Version, write
 from .weights import Folded, Weight, clone, storage, weight_of
 
@@ -34,9 +43,9 @@ class Program:
         self.steps, self.fixed, needed = [], constants.copy(), {name for name, _ in outputs}
         for node in reversed(nodes):
             function, names = self.bind(node)
-            self.steps.insert(0, (function, names, node.outputs, {*names, *node.outputs} - needed))  # no longer needed
+            self.steps.insert(0, (function, names, node.output, {*names, node.output} - needed))  # no longer needed
             needed.update(names)
-        defined = {*self.fixed, *(name for name, *_ in inputs), *(name for node in nodes for name in node.outputs)}
+        defined = {*self.fixed, *(name for name, *_ in inputs), *(node.output for node in nodes)}
         if missing := needed - defined:
             raise ValueError(f"{', '.join(missing)} must be an input, a constant or an output of a node")
 
@@ -91,8 +100,8 @@ class Program:
                 alone = versions.count(version) == 1 and not version.shared
                 values[name] = version if alone else Version(values[name].clone())
                 caches.append(values[name])
-        for function, names, outputs, dead in self.steps:
-            values.update(zip(outputs, as_tuple(function(*[values[name] for name in names])), strict=True))
+        for function, names, output, dead in self.steps:
+            values[output] = function(*[values[name] for name in names])
             for name in dead:
                 del values[name]
         newer = {id(cache.newer.tensor): cache.newer for cache in caches}
@@ -131,8 +140,7 @@ def lower(trace):
         except ERRORS as error:
             raise_with_users_line(trace, op, error)
     outputs = [(output.name, output.dtype.name) for output in trace.outputs]
-    dtypes = {tensor.name: tensor.dtype.name for op in trace.ops for tensor in op.outputs}
-    nodes = fuse(nodes, constants, {name for name, _ in outputs}, dtypes)
+    nodes = fuse(nodes, constants, {name for name, _ in outputs})
     used = {name for node in nodes for name in node.inputs} | {name for name, _ in outputs}
     constants |= {name: dense(constants[name]) for name, _ in outputs if name in constants}
     constants = {name: value for name, value in constants.items() if name in used}
@@ -155,7 +163,7 @@ def as_node(op):
     attrs = json.loads(json.dumps({key: getattr(op, key) for key in own}, default=as_json))  # equal once loaded
     if name == "dequantize.Dequantize":
         attrs["stored"] = op.inputs[0].dtype.name
-    return Node(name, attrs, *([tensor.name for tensor in side] for side in (op.inputs, op.outputs)))
+    return Node(name, attrs, [tensor.name for tensor in op.inputs], op.outputs[0].name)
 
 
 def dense(value):
@@ -175,10 +183,10 @@ def fold(node, constants, shapes):
         return False
     quantized = None
     if isinstance(values[0], Folded) and node.op in VIEWS:
-        quantized = values[0].view(*node(values[0].meta, *values[1:]))
+        quantized = values[0].view(node(values[0].meta, *values[1:]))
     elif node.op == "dequantize.Dequantize":
         quantized = Folded.of(node.attrs, *values)
-    constants.update(zip(node.outputs, [quantized] if quantized else node(*map(dense, values)), strict=True))
+    constants[node.output] = quantized or node(*map(dense, values))
     return True
 
 
@@ -205,18 +213,18 @@ def specialize(node, ranks, constants, shapes, caches):
     if any(each is None for each in known):
         return [node]
     if weight:
-        results = [zeros((*known[0].shape[:-1], known[1].shape[-1]), known[0].dtype)]
+        result = zeros((*known[0].shape[:-1], known[1].shape[-1]), known[0].dtype)
     else:
         if "Div" in node.op:
             known[1] = known[1] + 1
-        results = node(*known)
-    shapes.update((name, zeros(r.shape, r.dtype)) for name, r in zip(node.outputs, results, strict=True))
+        result = node(*known)
+    shapes[node.output] = zeros(result.shape, result.dtype)
     if node.op == "where.Where" and node.inputs[2] in caches:
         condition, new, old = known
         dims = [dim for dim, size in enumerate(condition.shape) if size > 1]
-        alike = condition.ndim == new.ndim == old.ndim and results[0].shape == old.shape
+        alike = condition.ndim == new.ndim == old.ndim and result.shape == old.shape
         if alike and len(dims) == 1 and new.shape[dims[0]] == 1:  # new is written to some slots of old
-            slots = Node("fused.Slots", {}, node.inputs[:1], [f"slots of {node.inputs[0]}"])
-            node.attrs["written"], node.inputs[0] = dims[0], slots.outputs[0]
+            slots = Node("fused.Slots", {}, node.inputs[:1], f"slots of {node.inputs[0]}")
+            node.attrs["written"], node.inputs[0] = dims[0], slots.output
             return [slots, node]
     return [node]
