@@ -1,8 +1,12 @@
 # Every target first installs tox into .venv; tox installs its environments under .tox.
 PYTHON ?= python3.11
 TOX = .venv/bin/tox
+# PyTorch's default wheel brings gigabytes of CUDA: where its CPU index answered when .venv was made, pip asks it too
+CPU_INDEX = https://download.pytorch.org/whl/cpu
+PIP_EXTRA_INDEX_URL ?= $(shell cat .venv/cpu_index 2>/dev/null)
+export PIP_EXTRA_INDEX_URL
 
-.PHONY: test avx2 demo bench peers fuzz mutants kills versions xla clean
+.PHONY: test avx2 demo bench peers fuzz mutants kills versions xla docs clean
 
 test: $(TOX)
 	$(TOX) run-parallel --parallel-no-spinner
@@ -44,12 +48,16 @@ versions: $(TOX)
 	$(TOX) run --skip-missing-interpreters true -e shared-py310,shared-py312,shared-py313,jax-py312,jax-py313
 
 # neuron_nanogpt's graphs through PyTorch/XLA, whose torch is gigabytes of CUDA but on PyTorch's index
-xla: INDEX = PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+xla: INDEX = PIP_EXTRA_INDEX_URL=$(CPU_INDEX)
 xla: $(TOX)
 	@if test -n "$$XLA_ALLOW_CUDA_WHEEL"; then $(TOX) run -e neuron-xla; \
 	elif $(INDEX) .venv/bin/python -m pip --retries=0 --timeout=5 install --quiet --dry-run --ignore-installed --no-deps \
 	  torch==2.9.1+cpu 2>/dev/null; then $(INDEX) $(TOX) run -e neuron-xla; \
 	else echo "neuron-xla: SKIP, needs torch 2.9.1+cpu, from PyTorch's index (XLA_ALLOW_CUDA_WHEEL=1 takes PyPI's)"; fi
+
+# the READMEs' commands as a reader's: each README installs into a clean environment, and runs there
+docs: $(TOX)
+	$(TOX) exec -e shared -- pytest tests/docs/test_readme.py --install $(foreach name,$(wildcard *_*/README.md),--readme $(name))
 
 # keeps trained models and other outputs
 clean:
@@ -64,5 +72,7 @@ $(TOX): Makefile
 	@test -x .venv/bin/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) lacks venv: on Debian and Ubuntu run apt install python3.11-venv; README.md has another way" >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; }
+	@.venv/bin/python -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/', timeout=5)" 2>/dev/null && \
+	  echo $(CPU_INDEX) >.venv/cpu_index || rm -f .venv/cpu_index
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check tox==4.67.13
 	@touch $(TOX)

@@ -5,7 +5,6 @@
 `make bench` measures this engine beside others. The last line of output is one JSON document.
 """
 
-import argparse
 import json
 import resource
 import signal
@@ -15,11 +14,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import jax
 import numpy as np
 
 from jax_nanogpt import sampler
-from jax_nanogpt.sample import dashed
 from shared.tokenizer import find_model
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}  # what --dtype takes, and the weights' width
@@ -76,9 +75,7 @@ def measure(engine, new_tokens, rounds):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)")
     add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
@@ -90,10 +87,8 @@ def make_parser():
 
 def main(argv=None):
     parser = make_parser()
-    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     try:
-        if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
-            raise ValueError("-- must not be the value of a flag")
         if args.rounds < 1:
             raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
         found = find_model(args.model)

@@ -16,6 +16,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -81,13 +82,10 @@ def held_out_help() -> list[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    # usage=SUPPRESS: an error is one line
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)")
-    add("--out_dir", "--out-dir", help="where train.py wrote: the best checkpoint")
+    add("--out-dir", help="where train.py wrote: the best checkpoint")
     add("--input", type=Path, metavar="FILE", help="a UTF-8 text (default: help topics that come with Python)")
     add("--dtype", default="float32", choices=weight_loader.DTYPES, help="(default: %(default)s)")
     add("--device", default="auto", choices=DEVICES, help="(default: %(default)s)")

@@ -5,13 +5,13 @@ python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_sa
 """
 
 import argparse
-import re
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import jax
 import numpy as np
 
@@ -30,10 +30,7 @@ LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2, "int8": 5e-2}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    # usage=SUPPRESS: an error is one line
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", "--init-from", help="resume (the best checkpoint in --out-dir), gpt2, ..., gpt2-nano or a folder")
     add("--out-dir", help="where train.py wrote (without it and --model: gpt2, or gpt2-nano if gpt2 is not available)")
@@ -52,14 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def dashed(argv):
-    """--max_new_tokens is --max-new-tokens."""
-    return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-
-
 def check(args: argparse.Namespace) -> None:
-    if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
-        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if not 1 <= args.num_samples <= 2**16:
         raise ValueError(f"--num-samples must be from 1 to {2**16}, got {args.num_samples}")
@@ -142,7 +132,7 @@ def verify(model: GPT, params: dict, exact: dict, prompt: list[int], limit: floa
 def main(argv: list[str] | None = None) -> int | None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character
     parser = make_parser()
-    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     try:
         check(args)
         device = choose_devices(args.device)[0]

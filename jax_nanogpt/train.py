@@ -5,7 +5,6 @@
 Settings: the defaults below, then the config files, then the flags. --help lists them.
 """
 
-import argparse
 import math
 import signal
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -330,9 +330,8 @@ def read_and_train(words: list[str], fail: Callable[[object], NoReturn]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = __doc__ + describe_settings()
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(__doc__ + describe_settings())
+    parser.allow_abbrev = False
     _, words = parser.parse_known_args(argv)  # for --help; config.py reads the rest
     try:
         status = read_and_train(

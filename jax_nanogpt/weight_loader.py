@@ -6,7 +6,6 @@ Names and [in, out] kernels are the same in the file and in the model, so that l
     python weight_loader.py --out_dir=out-nano --to=../checkpoints/gpt2-nano    # exports train.py's best checkpoint
 """
 
-import argparse
 import json
 import math
 import re
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -266,11 +266,9 @@ def write_vocabulary(folder: Path, tokenizer: BPE) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", "--out-dir", required=True, help="where train.py wrote; its best checkpoint is exported")
+    add("--out-dir", required=True, help="where train.py wrote; its best checkpoint is exported")
     add("--to", required=True, help="the folder to write, in Hugging Face's format")
     add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
     args = parser.parse_args(argv)

@@ -5,7 +5,6 @@
 `make bench` measures this engine beside others. The last line of output is one JSON document.
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -14,12 +13,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from neuron_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import numpy as np
 import torch
 
 from neuron_nanogpt import engine as engines
 from neuron_nanogpt.model import count_params
-from neuron_nanogpt.run_model import dashed
 from shared.sampling import Sampler
 from shared.tokenizer import find_model
 
@@ -82,9 +81,7 @@ def measure(engine, new_tokens, rounds):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)")
     add("--dtype", default="float32", choices=DTYPES, help="(default: %(default)s)")
@@ -96,10 +93,8 @@ def make_parser():
 
 def main(argv=None):
     parser = make_parser()
-    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     try:
-        if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
-            raise ValueError("-- must not be the value of a flag")
         if args.rounds < 1:
             raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
         found = find_model(args.model)

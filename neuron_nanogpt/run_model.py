@@ -9,7 +9,6 @@ the next run reuses them.
 """
 
 import argparse
-import re
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from neuron_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import numpy as np
 import torch
 
@@ -35,10 +35,7 @@ LIMITS = {"float32": 1e-3, "bfloat16": 3e-2, "int8": 3e-2}  # differences relati
 
 
 def make_parser():
-    # usage=SUPPRESS: an error is one line
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add_sampling(parser)
     add("--batch", type=int, default=BATCH, help="texts at once (default: %(default)s)")
@@ -78,14 +75,7 @@ def lengths(text):
     return [int(part) for part in text.split(",")]
 
 
-def dashed(argv):
-    """--max_new_tokens is --max-new-tokens."""
-    return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-
-
 def check_text(args):
-    if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
-        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
@@ -206,7 +196,7 @@ def generate(args, engine, tokenizer, prompt):
 def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character
     parser = make_parser()
-    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     try:
         check(args)
         found = find_model(args.model)

@@ -3,24 +3,22 @@
 python sample.py --prompt "To be, or not to be" --temperature 0
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from neuron_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import torch
 
 from neuron_nanogpt import weight_loader
 from neuron_nanogpt.model import count_params
-from neuron_nanogpt.run_model import add_sampling, check_text, dashed
+from neuron_nanogpt.run_model import add_sampling, check_text
 from shared.sampling import Sampler
 from shared.tokenizer import Stream, encode_prompt, find_model, load_tokenizer
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_sampling(parser)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
@@ -53,7 +51,7 @@ def generate(args, gpt, tokenizer, ids):
 def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character
     parser = make_parser()
-    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     try:
         check_text(args)
         device = choose_device(args.device)

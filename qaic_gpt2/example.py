@@ -8,12 +8,12 @@ On a CPU, the loop over tokens is generate_batch in generation.py; on a card it 
 """
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from qaic_gpt2.cli import Parser  # isort: skip  # first: it names a missing package
 import numpy as np
 
 from qaic_gpt2 import auto_model, backend, card, quantizer
@@ -29,10 +29,7 @@ LIMITS = {"float32": 1e-3, "float16": 1e-2, "int8": 5e-2, "int4": 3e-1}
 
 
 def make_parser():
-    # usage=SUPPRESS: an error is one line
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", help="gpt2, ..., gpt2-nano or a folder (default: gpt2, or gpt2-nano if gpt2 is not available)")
     add("--prompt", action="append", help="may be repeated: prompts run as one batch (default: Hi there!!)")
@@ -55,14 +52,7 @@ def make_parser():
     return parser
 
 
-def dashed(argv):
-    """--max_new_tokens is --max-new-tokens."""
-    return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-
-
 def check(args: argparse.Namespace, device: str) -> None:
-    if [] in (*vars(args).values(), *args.prompt):  # what argparse makes of --flag=-- before Python 3.13
-        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     counts = ("max_new_tokens", "prefill_seq_len", "ctx_len", "full_batch_size", "num_cores", "num_devices")
     for name, least in {**dict.fromkeys(counts, 1), "draft_tokens": 0}.items():
@@ -155,7 +145,7 @@ def generate(args: argparse.Namespace, device: str, model, keywords: dict, row: 
 def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character of the text
     parser = make_parser()
-    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     args.prompt = args.prompt or ["Hi there!!"]
     try:
         device, why = backend.choose_device(args.device, args.compile_only)

@@ -6,12 +6,11 @@
 The first run compiles; the next run loads the executables from executables/.
 """
 
-import argparse
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tripy_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import numpy as np
 
 from shared.sampling import Sampler, check_sampling
@@ -29,10 +28,7 @@ FLOAT8_LIMIT = 1e-1  # of an activation 4 bits are kept: what float16 rounds awa
 
 
 def make_parser():
-    # usage=SUPPRESS: an error is one line
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     prompt = "What is the answer to life, the universe, and everything?"
     add("--prompt", "--input-text", default=prompt, help="(default: %(default)s)")
@@ -56,14 +52,7 @@ def make_parser():
     return parser
 
 
-def dashed(argv):
-    """--max_new_tokens is --max-new-tokens."""
-    return [re.sub(r"^--\w[\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-
-
 def check(args):
-    if [] in vars(args).values():  # what argparse makes of --flag=-- before Python 3.13
-        raise ValueError("-- must not be the value of a flag")
     check_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
@@ -139,7 +128,7 @@ def verify(args, engine, folder, prompt):
 def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack a character
     parser = make_parser()
-    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     try:
         check(args)
         found = find_model(args.model)

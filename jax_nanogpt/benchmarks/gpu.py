@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too; JAX reads it when imported
 import jax
 import numpy as np
@@ -154,13 +156,11 @@ def bench(args: argparse.Namespace, device: jax.Device, model: GPT, peer: Peer |
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--shape", default="gpt2", choices=SHAPES | TINY, help="(default: %(default)s)")
     add("--batch", type=int, default=32, help="of training (default: %(default)s)")
-    add("--block_size", "--block-size", type=int, default=1024, help="(default: %(default)s)")
+    add("--block-size", type=int, default=1024, help="(default: %(default)s)")
     add("--iters", type=int, default=10, help="in a call (default: %(default)s)")
     add("--new-tokens", type=int, default=256, help="to sample (default: %(default)s)")
     add("--peak", type=float, metavar="TFLOPS", help="of the device in bfloat16 (default: by its name, if it is known)")

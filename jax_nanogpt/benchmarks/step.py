@@ -5,7 +5,6 @@
 Every line adds one idea to those above it. All are compiled first and then measured interleaved.
 """
 
-import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import flax.linen as nn
 import jax
 import matplotlib
@@ -100,9 +100,7 @@ def draw(times: dict[str, float], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--to", type=Path, metavar="FILE.png", help="draw the chart (default: only the table)")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or tpu (default: %(default)s)")
     args = parser.parse_args(argv)

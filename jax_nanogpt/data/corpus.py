@@ -3,7 +3,6 @@
 A dataset's folder holds train.bin and val.bin, uint16 tokens in a row, and its tokenizer's files.
 """
 
-import argparse
 import hashlib
 import http.client
 import json
@@ -14,6 +13,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
+from jax_nanogpt.cli import Parser
 from jax_nanogpt.files import TOKENIZER_FILES, copy_files, write_file, write_text
 from shared.tokenizer import Characters
 
@@ -21,13 +21,9 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def make_parser(description):
-    """For a prepare.py that reads tiny Shakespeare. usage=SUPPRESS keeps an error to one line."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_input(parser: Parser) -> None:
+    """The flag of a prepare.py that reads tiny Shakespeare."""
     parser.add_argument("--input", type=Path, metavar="FILE", help="a local copy of the text, instead of a download")
-    return parser
 
 
 def shakespeare(local_copy, folder):

@@ -189,44 +189,32 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def draw(path: Path, outcomes: list[Outcome]) -> None:
-    """How far logits are from transformers', by position: a panel for each text, a line for each project."""
+    """How far logits are from transformers', by position: a line for each project, its largest over the texts."""
+    compared = [outcome for outcome in outcomes if outcome.new_tokens]
+    if not compared:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cases = list(dict.fromkeys((o.model, o.case) for o in outcomes if o.new_tokens))
-    if not cases:
-        return
-    columns = min(3, len(cases))
-    rows = -(-len(cases) // columns)
-    size = 4.2 * columns, 2.7 * rows
-    figure, panels = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    colors = {project: f"C{i}" for i, project in enumerate(EXAMPLES)}
-    for panel in panels.flat[len(cases) :]:
-        panel.set_axis_off()
-    for panel, case in zip(panels.flat, cases, strict=False):
-        draw_panel(panel, [o for o in outcomes if (o.model, o.case) == case and o.new_tokens], colors)
-    for panel in panels[:, 0]:
-        panel.set_ylabel("largest difference\nof a logit")
-    for panel in panels[-1]:
-        panel.set_xlabel("position in the text")
-    handles = [plt.Line2D([], [], color=color, label=project) for project, color in colors.items()]
-    handles.append(plt.Line2D([], [], color="black", lw=0.8, ls="--", label=f"the limit, {LIMIT:g}"))
-    handles.append(plt.Line2D([], [], color="grey", lw=0.8, ls=":", label="the context's edge"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle("Logits of each project vs transformers, float32, by position")
-    figure.savefig(path, dpi=110)
+    figure, panel = plt.subplots(figsize=(8.3, 3.6), layout="constrained")
+    for project in dict.fromkeys(outcome.project for outcome in compared):
+        worst = worst_by_position([outcome for outcome in compared if outcome.project == project])
+        panel.semilogy([*worst], [*worst.values()], lw=1.2, alpha=0.85, label=project)
+    panel.axhline(LIMIT, color="black", lw=1, ls="--", label=f"the limit, {LIMIT:g}")
+    panel.axvline(compared[0].context, color="grey", lw=1, ls=":", label="the end of the context")
+    panel.set(xlabel="position in the text", ylabel="largest difference of a logit", ylim=(1e-7, 4 * LIMIT))
+    panel.set_title("Logits of each project vs transformers, float32, the largest over all texts", fontsize=10)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
 
-def draw_panel(panel, outcomes: list[Outcome], colors: dict[str, str]) -> None:
-    for o in outcomes:
-        places = o.prompt_tokens + np.arange(o.new_tokens)
-        worst = np.maximum(o.worst_at, 1e-7)  # a log axis has no place for equal logits
-        panel.semilogy(places, worst, color=colors.get(o.project), lw=1, alpha=0.85)
-        if places[-1] > o.context:
-            panel.axvline(o.context, color="grey", lw=0.8, ls=":")
-    panel.axhline(LIMIT, color="black", lw=0.8, ls="--")
-    panel.set_title(f"{outcomes[0].model}: {outcomes[0].case}", fontsize=10)
-    panel.grid(alpha=0.3)
+def worst_by_position(outcomes: list[Outcome]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for outcome in outcomes:
+        for position, worst in enumerate(outcome.worst_at, outcome.prompt_tokens):
+            found[position] = max(worst, found.get(position, 1e-7))  # a log axis has no place for equal logits
+    return dict(sorted(found.items()))

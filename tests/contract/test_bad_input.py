@@ -176,3 +176,12 @@ def test_a_cut_file_is_refused_or_gives_the_same_text(project, sandbox, report):
 
     try_all(check, cuts, 16)
     report("counts", f"{project}: {ends.total()} cut files, {ends[2]} of them refused")
+
+
+@pytest.mark.parametrize(("project", "script"), SCRIPTS)
+def test_an_unknown_flag_names_the_nearest(project, script, sandbox):
+    box = sandbox(project)
+    for flag in box.flags(script):
+        answer = box.run(script, [*box.good_words(script), f"--x{flag[2:]}=1"])
+        assert answer.status == 2 and answer.stderr.count("\n") == 1
+        assert f"did you mean {flag}?" in answer.stderr.replace("mean ", "mean --").replace("----", "--")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_PROJECTS = {"checkpoints", "shared", "tests"}
-FILES = ("README.md", "model.py", "weight_loader.py", "bench.py", "requirements.txt")
+FILES = ("README.md", "model.py", "weight_loader.py", "cli.py", "bench.py", "requirements.txt")
 EXAMPLES = ("example.py", "run_model.py", "sample.py")
 SECTIONS = ["Introduction", "Running The Example", "How It Works", "Constraints", "Numbers"]
 SHARED = {"__init__.py", "tokenizer.py", "sampling.py"}

@@ -5,6 +5,7 @@ import configparser
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 import tomllib
@@ -66,6 +67,13 @@ def test_a_project_has_tests_which_its_environment_runs(project, commands):
 
 
 @pytest.mark.parametrize("project", PROJECTS)
+def test_a_pull_request_runs_the_tests_of_what_it_changes(project):
+    env = env_of(project)
+    assert re.search(rf'^ +{env}: \[.*"{project}/\*\*", "tests/{env}/\*\*"\]$', read(".github/workflows/ci.yml"), re.M)
+    assert f"/{project}" in read(".github/dependabot.yml") and f"/{project}/ " in read(".github/CODEOWNERS")
+
+
+@pytest.mark.parametrize("project", PROJECTS)
 def test_import_linter_checks_a_project(project, pyproject):
     layers, independent, forbidden = pyproject["importlinter"]["contracts"]
     assert project in pyproject["importlinter"]["root_packages"] and project in layers["layers"][1].split(" | ")
@@ -103,8 +111,38 @@ def test_the_weight_loaders_have_the_same_text(name):
     assert len({source_of(f"{project}/weight_loader.py", name) for project in PROJECTS}) == 1
 
 
-def test_the_examples_read_flags_by_the_same_text():
-    assert len({source_of(f"{project}/{example_of(ROOT, project)}", "dashed") for project in PROJECTS}) == 1
+def test_the_scripts_read_flags_by_the_same_text():
+    assert len({read(f"{project}/cli.py").partition("# -- from here on, the same")[2] for project in PROJECTS}) == 1
+
+
+DISTRIBUTIONS = {"modelopt": "nvidia-modelopt", "orbax": "orbax-checkpoint"}  # of modules with another name
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_the_scripts_ask_for_the_packages_that_are_imported_and_pinned(project):
+    sources = [read(path) for path in PATHS if path.parts[0] in (project, "shared") and path.suffix == ".py"]
+    imported = {name for text in sources for name in re.findall(r"^ *(?:import|from) (\w+)", text, re.M)}
+    pins = {read(path) for path in PATHS if path.parts[0] == project and re.fullmatch(r"require.*txt", path.name)}
+    pinned = {pin.replace("-", "_") for text in pins for pin in re.findall(r"^([\w-]+)==", text, re.M)} | {
+        "nvtripy"
+    }  # by tox.ini
+    names = {name for name in imported if DISTRIBUTIONS.get(name, name).replace("-", "_") in pinned}
+    asked = ast.literal_eval(re.search(r"^PACKAGES = (\(.*?\))$", read(f"{project}/cli.py"), re.M | re.S)[1])
+    assert {*asked} == names - {"torch_neuronx", "torch_xla"}  # which only their devices need
+
+
+SCRIPTS = [path for path in PATHS if path.parts[0] in PROJECTS and path.suffix == ".py" and "__main__" in read(path)]
+SCRIPTS = [path for path in SCRIPTS if path.name != "loopback.py"]  # which imports nothing, and starts train.py
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_a_missing_package_is_one_line_with_the_command(script):
+    """-S: without what pip installed."""
+    python = [sys.executable, "-I", "-S", ROOT / script]
+    run = subprocess.run(python, capture_output=True, encoding="utf-8")
+    [line], folder = run.stderr.splitlines(), ROOT / script.parts[0]
+    assert run.returncode == 2 and "error: not installed: " in line and f"; in {folder} run pip install -r " in line
+    assert all((folder / name).is_file() for name in re.findall(r"-r (\S+?\.txt)", line))
 
 
 def test_the_benchmarks_have_the_same_text_but_for_the_names():
@@ -115,6 +153,15 @@ def test_the_benchmarks_have_the_same_text_but_for_the_names():
         assert text, f"{project}/bench.py"
         texts.add(text.partition('if __name__ == "__main__":')[0].replace(project, "PROJECT"))
     assert len(texts) == 1
+
+
+INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f"{project}/README.md" for project in PROJECTS)])
+def test_a_readme_warns_of_cuda_before_it_installs_pytorch(path):
+    before, command, _ = read(path).partition("pip install -r requirements-cpu.txt")
+    assert not command or INDEX in before and "gigabytes of CUDA" in before
 
 
 # -- pins
@@ -283,6 +330,18 @@ def test_make_says_in_one_line_what_is_missing(tmp_path, target, says, python):
     assert result.returncode == 2 and says in lines[0]
     assert len(lines) == 2  # the other is make's own
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("index", ["https://a.example/cpu", ""])
+def test_make_asks_pytorchs_cpu_index_if_it_answered(tmp_path, index):
+    tox = tmp_path / ".venv" / "bin" / "tox"
+    tox.parent.mkdir(parents=True)
+    tox.write_text('#!/bin/sh\necho "[$PIP_EXTRA_INDEX_URL]"\n', encoding="utf-8")
+    tox.chmod(0o755)
+    os.utime(tox, (2**32, 2**32))  # newer than the Makefile
+    if index:
+        (tmp_path / ".venv" / "cpu_index").write_text(f"{index}\n", encoding="utf-8")
+    assert make(tmp_path, "demo").stdout == f"[{index}]\n"
 
 
 def test_make_clean_keeps_what_was_trained(tmp_path):

@@ -20,7 +20,8 @@ from markdown_it import MarkdownIt
 from shared.tokenizer import find_in_cache
 
 OTHERS = ("text", "python", "json", "mermaid")  # labels of fences that are not run
-ABOVE, MINUTES = "the block above", "minutes"
+ABOVE, MINUTES, INDEX = "the block above", "minutes", "package index"
+ASKED = {MINUTES: "--slow", INDEX: "--install"}  # run with this flag alone
 LIMIT_S = 300
 SLOW_LIMIT_S = 5400
 
@@ -42,7 +43,7 @@ _INDEX = ("-m", "pip", "--retries=0", "--timeout=5", "index", "versions", "pip")
 NEEDS = {
     "gpt2 weights": lambda: find_in_cache("gpt2") is not None,
     "network": lambda: _prints("200", sys.executable, "-c", _OPEN),
-    "package index": lambda: _prints(r"pip \(", sys.executable, *_INDEX),
+    INDEX: lambda: _prints(r"pip \(", sys.executable, *_INDEX),
     "nvidia gpu": lambda: _prints(r"GPU \d", "nvidia-smi", "-L"),
     "fp8 gpu": lambda: _prints(r"^(8\.9|9|\d\d)", "nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"),
     "neuron core": lambda: Path("/dev/neuron0").exists(),
@@ -196,9 +197,10 @@ def _normalized(text: str) -> str:
 
 
 class Runner:
-    def __init__(self, slow: bool = False, limit_s: float = LIMIT_S):
-        self.slow = slow
+    def __init__(self, slow: bool = False, install: bool = False, limit_s: float = LIMIT_S):
+        self.asked = {MINUTES: slow, INDEX: install}
         self.limit_s = limit_s
+        self._venvs: dict[Path, tempfile.TemporaryDirectory] = {}  # what a README has installed into, from there on
         self._outcomes: dict[Block, tuple[str, str]] = {}
 
     def outcome(self, block: Block) -> tuple[str, str]:
@@ -217,26 +219,35 @@ class Runner:
             if above != "passed":
                 return above, why if above == "skipped" else f"the block above, line {block.above.line}, failed"
         for need in block.needs:
-            if need == MINUTES and not self.slow:
-                return "skipped", f"needs {MINUTES}: run with --slow"
+            if not self.asked.get(need, True):
+                return "skipped", f"needs {need}: run with {ASKED[need]}"
             if need in NEEDS and not NEEDS[need]():
                 return "skipped", f"needs {need}"
-        limit_s = SLOW_LIMIT_S if MINUTES in block.needs else self.limit_s
-        status, stdout, stderr = _run(block, limit_s)
+        if INDEX in block.needs:
+            self._venvs = {block.readme: _clean_venv()}  # one at a time: they hold gigabytes
+        limit_s = SLOW_LIMIT_S if {*self.asked} & {*block.needs} else self.limit_s
+        venv = self._venvs.get(block.readme)
+        status, stdout, stderr = _run(block, limit_s, venv.name if venv else sys.prefix)
         message = f"still running after {limit_s:g} s" if status is None else _failure(block, status, stdout, stderr)
         if not message:
             return "passed", ""
         return "failed", f"{message}\n--- commands\n{block.script}\n--- stdout\n{stdout}\n--- stderr\n{stderr}"
 
 
-def _run(block: Block, limit_s: float) -> tuple[int | None, str, str]:
+def _clean_venv() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory()
+    subprocess.run([sys.executable, "-m", "venv", folder.name], check=True)
+    return folder
+
+
+def _run(block: Block, limit_s: float, prefix: str) -> tuple[int | None, str, str]:
     """Exit status (None: it took too long), stdout and stderr."""
     # files rather than pipes, which a daemon would hold open
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         shell = subprocess.Popen(
             ["bash", "-eo", "pipefail", "-c", block.script],
             cwd=block.readme.resolve().parent,
-            env=_environment(block.needs),
+            env=_environment(block.needs, prefix),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -269,12 +280,12 @@ def _failure(block: Block, status: int, stdout: str, stderr: str) -> str:
     return ""
 
 
-def _environment(needs: list[str]) -> dict[str, str]:
-    """A reader's: this python first on the path, nothing of pytest's or tox's, and no model but those declared."""
+def _environment(needs: list[str], prefix: str) -> dict[str, str]:
+    """A reader's: prefix/bin first on the path, nothing of pytest's or tox's, and no model but those declared."""
     ours = {name for name in os.environ if name.startswith(("PYTEST_", "TOX_")) or name == "PYTHONPATH"}
     environment = {name: value for name, value in os.environ.items() if name not in ours} | {
-        "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", os.defpath),
-        "VIRTUAL_ENV": sys.prefix,
+        "PATH": str(Path(prefix, "bin")) + os.pathsep + os.environ.get("PATH", os.defpath),
+        "VIRTUAL_ENV": prefix,
     }
     if not {"network", "gpt2 weights"} & {*needs}:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": os.devnull}

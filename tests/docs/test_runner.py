@@ -124,6 +124,7 @@ FAIL = {
 SKIP = {
     "ignored": (marked("IGNORE", bash("false")), "marked IGNORE"),
     "minutes": (needs("minutes") + bash("false"), "needs minutes: run with --slow"),
+    "an installation": (needs("package index") + bash("false"), "needs package index: run with --install"),
     "one of two": (needs("network", "cloud ai 100") + bash("false"), "needs cloud ai 100"),
     "one of two comments": (needs("cloud ai 100") + needs("network") + bash("false"), "needs cloud ai 100"),
     "must fail, elsewhere": (marked("XFAIL", needs("nvidia gpu") + bash("true")), "needs nvidia gpu"),
@@ -207,9 +208,19 @@ def test_a_daemon_does_not_delay_the_end(tmp_path):
 
 def test_minutes_have_a_limit_of_their_own(tmp_path, monkeypatch):
     limits = []
-    monkeypatch.setattr(readme, "_run", lambda block, limit_s: limits.append(limit_s) or (0, "", ""))
+    monkeypatch.setattr(readme, "_run", lambda block, limit_s, prefix: limits.append(limit_s) or (0, "", ""))
     outcomes(tmp_path, needs("minutes") + bash("true") + bash("true"), slow=True, limit_s=7)
     assert limits == [readme.SLOW_LIMIT_S, 7] and readme.SLOW_LIMIT_S >= 3600
+
+
+def test_a_readme_installs_into_a_clean_venv_and_runs_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(readme.NEEDS, "package index", lambda: True)
+    seen = "python -c 'import sys; print(sys.prefix)' >>seen; pip --version"
+    clean = needs("package index") + bash(seen, "! python -c 'import pytest'")
+    found = outcomes(tmp_path, bash(seen) + clean + bash(seen), install=True)
+    assert [outcome for _, outcome, _ in found] == 3 * ["passed"]
+    before, there, after = (tmp_path / "seen").read_text(encoding="utf-8").splitlines()
+    assert before == sys.prefix != there == after and not Path(there).exists()
 
 
 def test_every_need_can_be_checked_on_any_machine(monkeypatch):
@@ -232,5 +243,6 @@ def test_each_block_is_a_test_with_its_line_in_its_name(tmp_path):
     assert "README.md:1] PASSED" in result.stdout
     assert "README.md:4] FAILED" in result.stdout
     assert "README.md:8] SKIPPED (needs minutes: run with --slow)" in result.stdout
+    assert "\n2 of 3 blocks of commands ran; 1 needs minutes: run with --slow\n" in result.stdout
     assert run("--slow", "-k", "README.md:8").returncode == 0 and (tmp_path / "slow").exists()
     assert run("--readme=nothing.md").returncode not in (0, 1)

@@ -8,6 +8,7 @@ their row is void. results/bench gets one JSON file, the tables and a chart.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +160,7 @@ def start(engine: Engine, root: Path, prompt: list[int]) -> Worker:
     return worker
 
 
-def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, rounds: int) -> None:
+def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, args: argparse.Namespace) -> None:
     """Starts the engines of one width, and asks each in turns."""
     workers = {}
     try:
@@ -169,10 +171,15 @@ def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, r
                 print(f"{engine.row['warm_s']:.1f} s warm, {engine.row['peak_mb']:,} MB", flush=True)
             except Failed as error:
                 engine.fail(error)
-        for number in range(-1, rounds):  # the first is not timed
+        for number in range(-1, args.rounds):  # the first is not timed
             for engine in engines:
                 if "error" not in engine.row:
                     measure_round(engine, workers[engine.home], requests, expected, timed=number >= 0)
+        if args.busy_core:
+            with spinning():
+                for engine in engines:
+                    if "error" not in engine.row:
+                        measure_beside(engine, workers[engine.home], requests["decode"])
     finally:
         for worker in workers.values():
             worker.__exit__()
@@ -188,6 +195,25 @@ def measure_round(engine: Engine, worker: Worker, requests: dict, expected: dict
                 check(work, answer["tokens"], expected.get(work))
             if timed:
                 engine.seconds[work].append(answer["seconds"])
+    except Failed as error:
+        engine.fail(error)
+
+
+@contextlib.contextmanager
+def spinning() -> Iterator[None]:
+    """Another process computes on one core."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure_beside(engine: Engine, worker: Worker, request: dict) -> None:
+    try:
+        seconds = statistics.median(worker.ask(**request)["seconds"] for _ in range(3))
+        engine.row["busy_core"] = {"tokens_per_s": round(request["new_tokens"] / seconds, 1), "ratio": None}
     except Failed as error:
         engine.fail(error)
 
@@ -261,7 +287,7 @@ def measure_model(root: Path, scratch: Path, model: str, names: list[str], args)
     for width in dict.fromkeys(engine.width for engine in engines):
         group = [engine for engine in engines if engine.width == width]
         print(f"\n{tables.TITLES[model]}, {width}", flush=True)
-        measure(group, root, requests, expected, args.rounds)
+        measure(group, root, requests, expected, args)
         if model == "gpt2-nano":
             windows = held_out()[::6]
             for engine in group:
@@ -285,6 +311,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="the median of so many (default: %(default)s)")
     add("--only", nargs="+", metavar="NAME", help="these engines, beside transformers")
     add("--busy", action="store_true", help="measure beside other work too")
+    add("--busy-core", action="store_true", help="decode once more while another process computes on one core")
     add("--to", type=Path, default=ROOT / "results" / "bench", metavar="FOLDER")
     return parser
 

@@ -75,8 +75,7 @@ def command(root: Path, project: str, **settings) -> list[str]:
 
 def environment_of(scratch: Path) -> dict[str, str]:
     """scratch is the home of what QEfficient keeps."""
-    # one thread: gpt2-nano is too small for more, which wait for each other wherever other work runs
-    return {"OMP_NUM_THREADS": "1"} | os.environ | {"QEFF_HOME": str(scratch / "qeff"), "PYTHONUTF8": "1"}
+    return os.environ | {"QEFF_HOME": str(scratch / "qeff"), "PYTHONUTF8": "1"}
 
 
 def read_dump(path: Path) -> "dict[str, np.ndarray] | None":

@@ -3,7 +3,8 @@
     python -m tests.tools.tables [results/bench/bench.json]
 
 That copies the results to tests/tools/figures, draws the chart there, and writes the tables into BENCHMARKS.md and the
-READMEs: each after the line <!-- figures: NAME -->. Without an argument it writes the tables of the results kept there.
+READMEs: each after the line <!-- figures: NAME -->. Without an argument it takes the results kept there. It draws the
+pictures of pictures.py too.
 A link to a line of code, [`code`](file#L12), gets the number of the line that holds the code.
 """
 
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 from tests.conventions.rules import ROOT, projects
-from tests.tools import roofline, training
+from tests.tools import pictures, roofline, training
 
 FIGURES = ROOT / "tests" / "tools" / "figures"
 TITLES = {"gpt2-nano": "gpt2-nano, 3.6M parameters", "gpt2": "GPT-2 124M's shape"}
@@ -25,7 +26,8 @@ NAMES = {
     "openvino": "OpenVINO",
 }
 COLUMNS = ["decode, tokens/s", "of the bandwidth", "prefill, tokens/s", "cold start", "warm start", "memory"]
-COLUMNS += ["perplexity"]
+OPTIONAL = {"perplexity": "perplexity", "beside a busy core": "busy_core"}  # and what the results call them
+COLUMNS += OPTIONAL
 LINK = re.compile(r"\[`([^`]+)`\]\(([\w./-]+)#L\d+\)")
 MARKER = re.compile(r"(?<=<!-- figures: )([\w-]+)( -->\n)((?:\|.*\n)*)")
 
@@ -54,7 +56,7 @@ def line(row: dict) -> str:
 
 def cells(row: dict, all_rows: list[dict]) -> list[str]:
     if "error" in row:
-        return [row["error"], *[""] * 6]
+        return [row["error"], *[""] * (len(COLUMNS) - 1)]
     same = [other for other in all_rows if all(other.get(key) == row[key] for key in ("name", "dtype"))]
     perplexity = next((other["perplexity"] for other in same if "perplexity" in other), None)
     return [
@@ -65,13 +67,15 @@ def cells(row: dict, all_rows: list[dict]) -> list[str]:
         f"{row['warm_s']:.1f} s",
         f"{row['peak_mb']:,} MB",
         "" if perplexity is None else f"{perplexity:.3f}",
+        rate(row.get("busy_core")),
     ]
 
 
 def markdown(head: list[str], rows: list[list[str]], results: list[dict] | None = None) -> str:
-    """Without a column of perplexities where the results have none."""
-    if results and not any("perplexity" in row for row in results):
-        head, rows = head[:-1], [row[:-1] for row in rows]
+    """Without columns of what the results do not have."""
+    missing = {name for name, key in OPTIONAL.items() if results and not any(row.get(key) for row in results)}
+    kept = [number for number, name in enumerate(head) if name not in missing]
+    head, *rows = ([row[number] for number in kept] for row in [head, *rows])
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows]).replace("|  |", "| |")
 
 
@@ -230,6 +234,8 @@ def main(root: Path, results: str | None = None) -> None:
         write(FIGURES, document)
     else:
         document = json.loads((FIGURES / "bench.json").read_text(encoding="utf-8"))
+    for name, picture in pictures.draw(root, document).items():
+        (FIGURES / name).write_text(picture, encoding="utf-8")
     (FIGURES / "roofline.md").write_text(roofline.page(roofline.devices(document["machine"])), encoding="utf-8")
     found = tables(document)
     for path in documents(root):

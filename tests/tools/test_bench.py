@@ -166,6 +166,18 @@ def test_a_run_beside_other_work_is_refused(run, monkeypatch, capfd):
     assert run("--busy")[0] == 0
 
 
+def test_decode_is_measured_beside_a_busy_core_if_asked(checkout, run, monkeypatch):
+    started, popen = [], bench.subprocess.Popen
+    monkeypatch.setattr(bench.subprocess, "Popen", lambda words, **more: started.append(words) or popen(words, **more))
+    _, _, rows = run("--busy-core")
+    assert all(row["busy_core"]["tokens_per_s"] > 0 for row in rows.values())
+    assert [words for words in started if "while True: pass" in words]
+    assert "| beside a busy core |" in (checkout / "results" / "bench.md").read_text(encoding="utf-8")
+    _, _, rows = run()
+    assert not any("busy_core" in row for row in rows.values())
+    assert "beside a busy core" not in (checkout / "results" / "bench.md").read_text(encoding="utf-8")
+
+
 def test_the_time_of_others_is_what_is_not_idle(tmp_path, monkeypatch):
     times = iter(["cpu 10 0 10 100 0 0 0 0 0 0\n", "cpu 20 0 20 170 10 0 0 0 0 0\n"])
     monkeypatch.setattr(machine, "CPU_TIMES", tmp_path / "stat")

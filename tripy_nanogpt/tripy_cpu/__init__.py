@@ -5,7 +5,7 @@ nvtripy's own front end runs unchanged, torch executes its Trace on the CPU, and
 """
 
 import os
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 
 NVTRIPY = "0.1.7"  # the version whose internals are replaced here
@@ -13,14 +13,12 @@ ENGINE = None  # what runs instead of TensorRT, in words
 
 
 def _activate() -> str:
-    try:
-        found = version("nvtripy")
-    except PackageNotFoundError:
-        raise ImportError(f"nvtripy is not installed: pip install --no-deps nvtripy=={NVTRIPY}") from None
+    found = version("nvtripy")
     if found != NVTRIPY:
         raise ImportError(f"nvtripy {found} does not run on the CPU: pip install --no-deps nvtripy=={NVTRIPY}")
-    # waiting threads soon sleep: with one busy neighbour, threads that spin made a small model 70 times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported
+    # waiting threads soon sleep: next to other work, threads that spin hold up the ones they wait for
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch is imported
     import torch
 
     from . import runtime
@@ -41,5 +39,5 @@ def _activate() -> str:
     return f"nvtripy {found}'s front end, executed by torch {torch.__version__.partition('+')[0]}"
 
 
-if find_spec("mlir_tensorrt") is None:
+if find_spec("mlir_tensorrt") is None and find_spec("nvtripy") and find_spec("torch"):
     ENGINE = _activate()

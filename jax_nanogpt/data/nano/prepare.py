@@ -12,17 +12,17 @@ import json
 import platform
 import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from itertools import pairwise
-
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jax_nanogpt.data.corpus import (
     SHAKESPEARE_SHA256,
-    make_parser,
+    add_input,
     pydoc_topics,
     shakespeare,
     shingles,
@@ -133,7 +133,8 @@ def write(play):
 
 
 def main(argv=None):
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
+    add_input(parser)
     args = parser.parse_args(argv)
     try:
         play = shakespeare(args.input, HERE)

@@ -3,13 +3,13 @@
 Needs `pip install datasets`. --documents=10000 takes the first few only.
 """
 
-import argparse
 import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 import numpy as np
 from tqdm import tqdm
 
@@ -43,9 +43,7 @@ def open_stream():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="(default: %(default)s)")
     count = parser.parse_args(argv).documents
     if count < 2000:

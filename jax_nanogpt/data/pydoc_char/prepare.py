@@ -1,17 +1,17 @@
 """The help texts that come with CPython, one token per character: no download. The last tenth is val.bin."""
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
 from jax_nanogpt.data.corpus import pydoc_topics, write_characters
 
 HERE = Path(__file__).resolve().parent
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
+    parser = Parser(__doc__)
     parser.parse_args(argv)
     text = "\n".join(pydoc_topics().values())
     try:

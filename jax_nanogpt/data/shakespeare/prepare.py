@@ -4,14 +4,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from jax_nanogpt.data.corpus import copy_tokenizer, make_parser, shakespeare, write_dataset
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
+from jax_nanogpt.data.corpus import add_input, copy_tokenizer, shakespeare, write_dataset
 from shared.tokenizer import find_model, gpt2_bpe, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 
 
 def main(argv=None):
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
+    add_input(parser)
     parser.add_argument("--model", default="gpt2", help="gpt2, ..., gpt2-xl, gpt2-nano or a folder (default: gpt2)")
     args = parser.parse_args(argv)
     try:

@@ -4,13 +4,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from jax_nanogpt.data.corpus import make_parser, shakespeare, write_characters
+from jax_nanogpt.cli import Parser  # isort: skip  # first: it names a missing package
+from jax_nanogpt.data.corpus import add_input, shakespeare, write_characters
 
 HERE = Path(__file__).resolve().parent
 
 
 def main(argv=None):
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
+    add_input(parser)
     args = parser.parse_args(argv)
     try:
         text = shakespeare(args.input, HERE)
