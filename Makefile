@@ -6,7 +6,7 @@ CPU_INDEX = https://download.pytorch.org/whl/cpu
 PIP_EXTRA_INDEX_URL ?= $(shell cat .venv/cpu_index 2>/dev/null)
 export PIP_EXTRA_INDEX_URL
 
-.PHONY: test avx2 demo bench peers fuzz mutants kills versions xla docs clean
+.PHONY: test avx2 demo bench peers fuzz mutants kills versions xla qeff docs clean
 
 test: $(TOX)
 	$(TOX) run-parallel --parallel-no-spinner
@@ -54,6 +54,13 @@ xla: $(TOX)
 	elif $(INDEX) .venv/bin/python -m pip --retries=0 --timeout=5 install --quiet --dry-run --ignore-installed --no-deps \
 	  torch==2.9.1+cpu 2>/dev/null; then $(INDEX) $(TOX) run -e neuron-xla; \
 	else echo "neuron-xla: SKIP, needs torch 2.9.1+cpu, from PyTorch's index (XLA_ALLOW_CUDA_WHEEL=1 takes PyPI's)"; fi
+
+# QEfficient's exports again, from its repository or from a clone: make qeff QEFF=file:///path/to/efficient-transformers
+qeff: QEFF ?= https://github.com/quic/efficient-transformers
+qeff: export QEFFICIENT = git+$(QEFF)@$(shell sed -n 's/^QEfficient @ .*@//p' qaic_gpt2/requirements.txt)
+qeff: $(TOX)
+	@if git ls-remote --quiet "$(QEFF)" HEAD >/dev/null 2>&1; then $(TOX) run -e qeff; \
+	else echo "qeff: SKIP, needs QEfficient's repository, $(QEFF) (QEFF=file:///path takes a clone)"; fi
 
 # the READMEs' commands as a reader's: each README installs into a clean environment, and runs there
 docs: $(TOX)

@@ -51,7 +51,7 @@ def choose(device: str = "auto", **options) -> CPU | Neuron | XLA:
             raise ValueError(f"--{name.replace('_', '-')} must not be given with the device {device}, got {value}")
     options = {name: value for name, value in options.items() if name in OPTIONS[device] and value is not None}
     if device == "cpu":
-        return CPU(missing["neuron"])
+        return CPU(missing["neuron"], "cpu" if why_no_neuron(driver=False) is None else "neuron")
     return {"neuron": Neuron, "xla": XLA}[device](**options)
 
 
@@ -83,14 +83,14 @@ class Compiler:
 
     def build(self, module: nn.Module, inputs: tuple, kind: str) -> Callable | None:
         """The module's graph: compiled now, or reused from its file, or traced and saved there."""
-        start, path, why = time.perf_counter(), self.path(kind, len(inputs[0])), ""
+        start, name, why = time.perf_counter(), self.name(kind, len(inputs[0])), ""
         if self.backend.saves:
-            data, verb, why = self.find_or_trace(module, inputs, path)
+            name += f"_{self.backend.label}.pt"
+            data, verb, why = self.find_or_trace(module, inputs, Path(name))
             graph = None if self.backend.compile_only else self.load(data, module)
         else:
-            graph, verb = self.backend.compile(module, inputs, path.stem.removesuffix("_neuron")), "compiled"
+            graph, verb = self.backend.compile(module, inputs, name), "compiled"
         seconds = time.perf_counter() - start
-        name = path.name if self.backend.saves else path.stem.removesuffix("_neuron")
         print(f"{name}: {verb} in {seconds:.1f} s" + (f" ({why})" if why else ""), flush=True)
         return graph
 
@@ -99,11 +99,11 @@ class Compiler:
             graph = torch.jit.load(io.BytesIO(data))
         return self.backend.attach(graph, module)
 
-    def path(self, kind: str, batch: int) -> Path:
-        """gpt2_step_neuron.pt, or with what is not the default: gpt2_step_b4_int8_neuron.pt."""
+    def name(self, kind: str, batch: int) -> str:
+        """gpt2_step, or with what is not the default: gpt2_step_b4_int8."""
         parts = [f"b{batch}"] if batch > 1 else []
         parts += [self.dtype] if self.dtype != self.backend.dtypes[0] else []
-        return Path("_".join(["gpt2", kind, *parts, "neuron.pt"]))
+        return "_".join(["gpt2", kind, *parts])
 
     def find_or_trace(self, module: nn.Module, inputs: tuple, path: Path) -> tuple[bytes, str, str]:
         """(the artifact's bytes, reused or traced, why)"""

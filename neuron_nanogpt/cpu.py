@@ -17,8 +17,9 @@ class CPU:
     slots = ()  # a step reads filled slots only: one graph is enough
     loading = nullcontext
 
-    def __init__(self, missing: str | None = None):
+    def __init__(self, missing: str | None = None, label: str = "neuron"):
         self.missing = missing  # why this is not a NeuronCore
+        self.label = label  # of its files; another one where a NeuronCore's may be
         self.facts = {"device": "cpu", "fbgemm": kernels.FBGEMM, "versions": {"torch": torch.__version__}}
 
     def describe(self, dtype: str) -> str:

@@ -102,9 +102,9 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     """x times weight [in, out]. MKL multiplies one row on one thread: here the threads share the inputs, in parts."""
     if x.numel() != weight.size(0):
         return F.linear(x, weight.t(), bias)
-    sums = torch.bmm(x.reshape(parts, 1, -1), weight.reshape(parts, -1, weight.size(1))).sum(0)
-    y = sums if bias is None else sums + bias
-    return y.reshape(x.shape[:-1] + [weight.size(1)])
+    products = torch.bmm(x.reshape(parts, 1, -1), weight.view(parts, -1, weight.size(1)))
+    y = products.sum(0, keepdim=x.dim() == 3)
+    return y if bias is None else y.add_(bias)
 
 
 class RowLinear(nn.Module):

@@ -16,7 +16,7 @@ STATES = ("shared", "copied")
 
 
 class Neuron:
-    name, saves = "neuron", True
+    name, label, saves = "neuron", "neuron", True
     dtypes = ("bfloat16", "float32")  # the first is the default
     slots = (256, 512)  # and the context: a step reads all slots of its graph
 

@@ -16,7 +16,7 @@ from neuron_nanogpt.model import GPT, TiedHead
 
 
 class XLA:
-    name, cores, saves = "xla", 1, False
+    name, device, cores, saves = "xla", "xla", 1, False
     dtypes = ("float32", "bfloat16")  # the first is the default
     slots = (256, 512)  # and the context, as on a NeuronCore
 
@@ -41,11 +41,11 @@ class XLA:
 
     def prepare(self, gpt: GPT, dtype: str) -> GPT:
         gpt.lm_head = TiedHead(gpt.wte)
-        return gpt.to(getattr(torch, dtype)).to("xla")
+        return gpt.to(getattr(torch, dtype)).to(self.device)
 
     def compile(self, module: nn.Module, inputs: tuple, name: str) -> Callable:
         """The module as a function of the inputs: one HLO module of this name, which updates the cache in place."""
-        module.to("xla")
+        module.to(self.device)
 
         def step(*inputs):
             logits, *new_cache = module(*inputs) if module.cache else [module(*inputs)]
@@ -56,7 +56,7 @@ class XLA:
         compiled = self.xla.compile(step, full_graph=True, name=name, max_different_graphs=1)
 
         def graph(*inputs):
-            return compiled(*(tensor.to("xla") for tensor in inputs)).cpu()
+            return compiled(*(tensor.to(self.device) for tensor in inputs)).cpu()
 
         kept = [state.clone() for state in module.cache]  # a text may have begun
         graph(*inputs)  # compiles it

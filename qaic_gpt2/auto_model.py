@@ -183,7 +183,7 @@ class QEFFAutoModelForCausalLM:
             from qaic_gpt2 import compiler
 
             with write_folder(folder) as temporary:
-                compiler.compile(onnx_path, temporary, record)
+                compiler.compile(onnx_path, temporary, record, self.config)
             if not compile_dir:
                 prune(onnx_path.parent, f"{QPC}-*")
         touch(folder)

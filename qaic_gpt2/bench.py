@@ -51,7 +51,8 @@ def step_bytes(engine):
     graph = onnx.load(engine.qpc_path / PROGRAM, load_external_data=False).graph
     products = {name for node in graph.node if "Gather" not in node.op_type for name in node.input}
     read = [entry for tensor in graph.initializer if tensor.name in products for entry in tensor.external_data]
-    return sum(int(entry.value) for entry in read if entry.key == "length")
+    widened = 2 if engine.session.record["casts_float16"] else 1
+    return widened * sum(int(entry.value) for entry in read if entry.key == "length")
 
 
 def greedy(engine, ids, count):

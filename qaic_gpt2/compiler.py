@@ -14,10 +14,12 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+from onnx import TensorProto
 
-from qaic_gpt2 import fusion
+from qaic_gpt2 import fusion, qefficient
 from qaic_gpt2.exporter import location
-from qaic_gpt2.files import CUSTOM_IO, PROGRAM, QPC, SIDECAR, SPECIALIZATIONS, retained, sha256
+from qaic_gpt2.files import CUSTOM_IO, PROGRAM, QPC, SIDECAR, SPECIALIZATIONS, WEIGHTS, retained, sha256
+from qaic_gpt2.weight_loader import GPTConfig
 
 INVALID = 2**31 - 1  # QEfficient's index of a slot without a token, which a card's compiler skips
 
@@ -56,21 +58,31 @@ def cache_inputs(graph):
     return names
 
 
-def compile(exported: Path, folder: Path, record: dict) -> None:
+def compile(exported: Path, folder: Path, record: dict, config: GPTConfig) -> None:
     """Writes the artifact into folder. record: its settings, for SIDECAR."""
-    names = cache_inputs(onnx.load(exported, load_external_data=False).graph)
+    model, weights = load_graph(exported)
+    names = cache_inputs(model.graph)
     mxint8 = record["for_the_card"]["mxint8_kv_cache"]
     qpc = folder / QPC
     qpc.mkdir()
-    program = optimize(exported, qpc)
-    fused = fusion.fuse(program, names, exported.parent, qpc, record["bits"])
-    if not fused:
+    program, source = optimize(exported, model, weights, qpc), exported.parent
+    tensors = {tensor.name: tensor for tensor in [*weights, *model.graph.initializer]}
+    try:
+        if any(name.startswith(qefficient.PREFIX) for name in tensors):
+            program, source = as_exported(exported, program, tensors, config, folder), folder
+        fusion.fuse(program, names, source, qpc, record["bits"])
+    except fusion.Different as error:
+        if record["bits"]:
+            wanted = f"a GPT-2 as export or QEfficient writes it, with int{record['bits']}"
+            raise ValueError(f"onnx_path must be {wanted}: {error}") from None
         check_in_place(program.graph, names)
     onnx.save(program, qpc / PROGRAM)
     shapes = json.dumps(specializations(**record["sizes"]), indent=4)
     (folder / SPECIALIZATIONS).write_text(shapes, encoding="utf-8")
     (folder / CUSTOM_IO).write_text(custom_io(names, "mxint8" if mxint8 else "float16"), encoding="utf-8")
-    weights = qpc if record["bits"] else exported.parent
+    weights = qpc if record["bits"] else source
+    if weights != folder:
+        (folder / WEIGHTS).unlink(missing_ok=True)
     files = {*folder.iterdir(), *qpc.iterdir()} - {qpc}
     files |= {weights / name for name in map(location, program.graph.initializer) if name}
     hashes = {os.path.relpath(path, folder): sha256(path) for path in sorted(files)}
@@ -78,7 +90,7 @@ def compile(exported: Path, folder: Path, record: dict) -> None:
     (folder / SIDECAR).write_text(json.dumps(record | {"sha256": hashes}, indent=4) + "\n", encoding="utf-8")
 
 
-def load_graph(onnx_path: Path) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
+def load_graph(onnx_path: Path) -> tuple[onnx.ModelProto, list[TensorProto]]:
     """(the model without its weights, and without QEfficient's invalid indices; its weights)"""
     model = onnx.load(onnx_path, load_external_data=False)
     weights = [tensor for tensor in model.graph.initializer if location(tensor)]
@@ -87,16 +99,25 @@ def load_graph(onnx_path: Path) -> tuple[onnx.ModelProto, list[onnx.TensorProto]
     model.graph.initializer.extend(small)
     constants = [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
     for tensor in [*constants, *model.graph.initializer]:
-        integer = tensor.data_type in (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+        integer = tensor.data_type in (TensorProto.INT32, TensorProto.INT64)
         if integer and not tensor.dims and onnx.numpy_helper.to_array(tensor) == INVALID:
             # onnxruntime refuses the index; slot 0 holds finite numbers, and its weight is 0
             tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, tensor.data_type, [], [0]))
     return model, weights
 
 
-def optimize(onnx_path: Path, folder: Path) -> onnx.ModelProto:
-    """The graph as onnxruntime optimizes it, without reading its weights: meanwhile they are inputs."""
-    model, weights = load_graph(onnx_path)
+def as_exported(
+    exported: Path, theirs: onnx.ModelProto, tensors: dict[str, TensorProto], config: GPTConfig, folder: Path
+) -> onnx.ModelProto:
+    """QEfficient's program in the form of export's, with its weights in folder; Different if it is another model."""
+    weights = qefficient.write_weights(tensors, config, exported.parent, folder)
+    ours = optimize(exported, qefficient.graph_of(config), weights, folder / QPC)
+    qefficient.check_same((theirs, exported.parent), (ours, folder), config)
+    return ours
+
+
+def optimize(onnx_path: Path, model: onnx.ModelProto, weights: list[TensorProto], folder: Path) -> onnx.ModelProto:
+    """The model of onnx_path as onnxruntime optimizes it, without reading its weights: meanwhile they are inputs."""
     values = [onnx.helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in weights]
     model.graph.input.extend(values)
     options = onnxruntime.SessionOptions()
@@ -124,5 +145,5 @@ def check_in_place(graph, names):
 
 def casts_float16(graph):
     """Whether onnxruntime computes float16 in float32, as it does if it has no float16 kernels for this CPU."""
-    half = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    half = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     return any(node.op_type == "Cast" and node.input[0] in half for node in graph.node)

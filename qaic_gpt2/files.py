@@ -15,7 +15,7 @@ import numpy as np
 EXPORT_FORMAT = 2
 GRAPH, WEIGHTS, EXPORT_SIDECAR = "model.onnx", "model.onnx.data", "export.json"
 # of an artifact, likewise
-FORMAT = 3
+FORMAT = 4
 PROGRAM, SIDECAR = "program.onnx", "compile.json"
 QPC = "qpc"  # the folder of what runs, in the artifact's folder; QEfficient's name
 SPECIALIZATIONS, CUSTOM_IO = "specializations.json", "custom_io.yaml"

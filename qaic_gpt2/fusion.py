@@ -7,6 +7,7 @@ slots and the choice of the last token are run on an example first. A graph that
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -273,15 +274,13 @@ def read(program, graph, caches):
     return first, layers, norm, head
 
 
-def fuse(program, caches, source, folder, bits=None):
-    """Whether program is GPT-2, which then has the fused operators; with bits, its weights are in folder's WEIGHTS."""
+def fuse(program: onnx.ModelProto, caches: list[str], source: Path, folder: Path, bits: int | None = None) -> None:
+    """Gives program the fused operators; Different, and no change, if it is not GPT-2.
+
+    source: the folder of its weights; with bits they are then in folder's WEIGHTS.
+    """
     graph = Graph(program.graph)
-    try:
-        first, layers, norm, head = read(program, graph, caches)
-    except Different as error:
-        if bits:
-            raise ValueError(f"onnx_path must be a GPT-2 as export writes it, with int{bits}: {error}") from None
-        return False
+    first, layers, norm, head = read(program, graph, caches)
     with (folder / WEIGHTS).open("wb") if bits else nullcontext() as file:
         build = Builder(graph, source, file, bits)
         build.heads = program.graph.input[2].type.tensor_type.shape.dim[1].dim_value
@@ -303,4 +302,3 @@ def fuse(program, caches, source, folder, bits=None):
     for name, dims in zip(LENGTHS, (["batch_size"], [1]), strict=True):
         program.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, dims))
     program.graph.input.append(helper.make_tensor_value_info(FIRST_LOGITS, TensorProto.INT64, [1]))
-    return True

@@ -45,7 +45,7 @@ class Session:
     def __init__(self, qpc_path):
         folder = Path(qpc_path).parent
         program, self.record = read(folder)
-        self.session = start(program, self.record["weights"])
+        self.session = start(program, self.record["weights"], self.record["casts_float16"])
         shapes = json.loads((folder / SPECIALIZATIONS).read_text(encoding="utf-8"))["specializations"]
         sizes = {name: int(value) for name, value in shapes[0]["symbols"].items()}  # of Prefill
         self.continuous = "full_batch_size" in sizes  # rows take a new prompt when their text has ended
@@ -83,7 +83,7 @@ class Session:
         return binding, small, logits
 
     def describe(self):
-        casts = ", float16 in float32 (it has no float16 kernels for this CPU)"
+        casts = ", float16 in float32, which its weights become (it has no float16 kernels for this CPU)"
         return ENGINE + (casts if self.record["casts_float16"] else "")
 
     @property
@@ -128,15 +128,19 @@ class Session:
         return self.run(self._bind_draft(len(ids)), np.array([ids]), positions[None])
 
 
-def start(program, weights):
-    """The onnxruntime session of a program, which compile has optimized already."""
+def start(program: bytes, weights: Path, casts_float16: bool = False) -> onnxruntime.InferenceSession:
+    """The onnxruntime session of a program, which compile has optimized already.
+
+    casts_float16: it has a Cast for each float16 weight, which is done once here and not in every call.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = thread_count()
     # a thread spins for 50 us, longer than between two operators, and then sleeps: without that limit a token took
     # 45 ms on busy cores instead of 12 to 26
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_BASIC if casts_float16 else level.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     with on_usable_cores():
         return onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])

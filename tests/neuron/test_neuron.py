@@ -59,6 +59,15 @@ def test_a_device_has_bfloat16_weights_by_default(write, neuron):
     assert json.loads(Path("gpt2_step_neuron.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
+def test_a_cpus_graphs_do_not_replace_a_devices(write, neuron):
+    """In one folder, by default settings: a device's graphs take minutes to compile."""
+    for flags in [], ["--device=cpu"]:
+        assert write(*flags)[0].count(": traced") == 2
+    for flags in [], ["--device=cpu"]:
+        assert write(*flags)[0].count(": reused") == 2
+    assert {path.name for path in Path.cwd().glob("gpt2_step*.pt")} == {"gpt2_step_neuron.pt", "gpt2_step_cpu.pt"}
+
+
 def test_nothing_is_printed_into_the_text(write, neuron):
     """Past the context too, where the prefill graph is needed again."""
     out, saved = write("--dtype=float32", "--buckets=4")

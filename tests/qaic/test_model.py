@@ -19,7 +19,7 @@ import yaml
 from onnx import numpy_helper
 from onnxruntime.quantization import matmul_nbits_quantizer
 
-from qaic_gpt2 import auto_model, exporter, files, fusion, quantizer, weight_loader
+from qaic_gpt2 import auto_model, exporter, files, fusion, quantizer, runtime, weight_loader
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
 from qaic_gpt2.files import ArtifactError
 from qaic_gpt2.runtime import Session
@@ -184,6 +184,24 @@ def test_lower_precisions_are_close(settings, limit, nano, compiled):
     assert 0 < np.abs(session.prefill(ids) - expected).max() < limit * np.abs(expected).max()
 
 
+def test_float16_weights_are_widened_once(nano, compiled, tmp_path, monkeypatch):
+    """Not in every call; what is computed is cast there."""
+
+    class Profiled(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.enable_profiling, self.profile_file_prefix = True, str(tmp_path / "profile")
+
+    monkeypatch.setattr(runtime.onnxruntime, "SessionOptions", Profiled)
+    session = runtime.Session(compiled(nano, dtype="float16").qpc_path)
+    session.prefill([[1]])
+    events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
+    ran = [event["args"] for event in events if event["name"].endswith("_kernel_time")]
+    shapes = [shape for args in ran if args["op_name"] == "Cast" for shape in args["output_type_shape"][0].values()]
+    weights = [[*tensor.shape] for tensor in weight_loader.load(nano).parameters()]
+    assert any(args["op_name"] == "Gemm" for args in ran) and not [shape for shape in shapes if shape in weights]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_blocks_equal_those_of_onnxruntimes_quantizer(bits):
     weight = np.random.default_rng(0).normal(size=(256, 48)).astype(np.float32)  # K, N
@@ -299,7 +317,7 @@ def test_a_graph_that_computes_something_else_is_compiled_as_it_is(tiny, tmp_pat
     feeds = {"input_ids": ids, "position_ids": np.arange(9)[None]}
     feeds |= {value.name: np.zeros((1, 4, 64, 16), np.float32) for value in graph.get_inputs()[2:]}
     np.testing.assert_allclose(program.prefill(ids), graph.run(["logits"], feeds)[0][:, 0], atol=1e-4)
-    with pytest.raises(ValueError, match="onnx_path must be a GPT-2 as export writes it, with int8"):
+    with pytest.raises(ValueError, match="onnx_path must be a GPT-2 as export or QEfficient writes it, with int8"):
         model.compile(path, ctx_len=64, int8_matmul=True)
 
 

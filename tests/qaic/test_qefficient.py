@@ -1,9 +1,11 @@
 """Graphs that QEfficient exported, in qefficient/: recipe.py made them. Each is compiled and run here."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import onnx
 import pytest
 
 from qaic_gpt2.auto_model import QEFFAutoModelForCausalLM
+from qaic_gpt2.files import PROGRAM, WEIGHTS
 
 pytestmark = pytest.mark.engine
 
@@ -34,10 +37,10 @@ def model(make_checkpoint):
     )
 
 
-def compiled(model, form, folder, **settings):
-    path = shutil.copy(FOLDER / f"{form}.onnx", folder)
+def compiled(model, form, folder, source=FOLDER, **settings):
+    path = shutil.copy(source / f"{form}.onnx", folder)
     model.compile(path, ctx_len=CTX_LEN, **settings)
-    assert Path(path).read_bytes() == (FOLDER / f"{form}.onnx").read_bytes()
+    assert Path(path).read_bytes() == (source / f"{form}.onnx").read_bytes()
     return model.session
 
 
@@ -65,9 +68,58 @@ def test_an_earlier_text_in_its_cache_is_not_visible(model, expected, form, tmp_
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_int8_of_it_is_refused_rather_than_nothing(model, form, tmp_path):
-    with pytest.raises(ValueError, match="onnx_path must be a GPT-2 as export writes it, with int8: "):
-        compiled(model, form, tmp_path, int8_matmul=True)
+def test_it_is_fused_as_export_is(model, form, tmp_path):
+    ours = model.compile(ctx_len=CTX_LEN)
+    compiled(model, form, tmp_path)
+    assert operators(model.qpc_path) == operators(ours)
+
+
+def operators(qpc_path):
+    return Counter(node.op_type for node in onnx.load(qpc_path / PROGRAM, load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.02), (4, 0.2)])
+@pytest.mark.parametrize("form", FORMS)
+def test_its_weights_are_quantized(model, expected, form, bits, tolerance, tmp_path):
+    """Every product's: four in each of two layers, and the head's."""
+    session = compiled(model, form, tmp_path, batch_size=2, **{f"int{bits}_matmul": True})
+    counts = operators(model.qpc_path)
+    assert counts["MatMulNBits"] == 9 and counts["MatMul"] == counts["Gemm"] == 0
+    assert not (model.qpc_path.parent / WEIGHTS).exists()
+    ids, logits = expected
+    error = np.abs(session.prefill([*ids]) - logits[:, -1]).max()
+    assert 0 < error < tolerance * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_drafts_of_it_are_verified(model, expected, form, tmp_path):
+    session = compiled(model, form, tmp_path)
+    ids, logits = expected
+    session.prefill([ids[0, :9]])
+    np.testing.assert_allclose(session.verify(ids[0, 9:14], 9), logits[0, 9:14], atol=1e-4)
+
+
+def test_another_model_than_the_folders_runs_as_it_is(model, expected, make_checkpoint, tmp_path):
+    """And in int8 it is refused: the config says another number of heads."""
+    other = QEFFAutoModelForCausalLM.from_pretrained(
+        make_checkpoint(vocab_size=53, n_positions=32, n_embd=16, n_layer=2, n_head=1)
+    )
+    session = compiled(other, "plain", tmp_path)
+    np.testing.assert_allclose(session.prefill([expected[0][0]]), expected[1][:1, -1], atol=1e-4)
+    with pytest.raises(ValueError, match="onnx_path must be a GPT-2 as export or QEfficient writes it, with int8: "):
+        compiled(other, "plain", tmp_path, int8_matmul=True)
+
+
+def test_a_head_of_its_own_is_kept(model, expected, tmp_path_factory, tmp_path):
+    """GPT-2's is the embedding's table: what computes anything else is not replaced."""
+    graph, changed = onnx.load(FOLDER / "plain.onnx"), tmp_path_factory.mktemp("changed")
+    [head] = [tensor for tensor in graph.graph.initializer if [*tensor.dims] == [16, 53]]
+    head.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(head), head.name))
+    onnx.save(graph, changed / "plain.onnx")
+    session = compiled(model, "plain", tmp_path, changed)
+    np.testing.assert_allclose(session.prefill([expected[0][0]]), 2 * expected[1][:1, -1], atol=1e-4)
+    with pytest.raises(ValueError, match="with int8: its logits are not GPT-2's"):
+        compiled(model, "plain", tmp_path, changed, int8_matmul=True)
 
 
 def test_the_two_forms_are_what_they_are_for():
@@ -83,12 +135,36 @@ def test_the_two_forms_are_what_they_are_for():
     assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.suffix != ".py") < 200_000
 
 
-def test_qefficient_still_makes_them(tmp_path):
-    """Where it is installed, at the commit of qaic_gpt2/requirements.txt."""
-    if not importlib.util.find_spec("QEfficient"):
-        pytest.skip("QEfficient is not installed")
-    shutil.copy(FOLDER / "recipe.py", tmp_path)
-    subprocess.run([sys.executable, tmp_path / "recipe.py", "graphs"], check=True)
-    for form in FORMS:
-        ours, theirs = (onnx.load(folder / f"{form}.onnx").graph for folder in (FOLDER, tmp_path))
-        assert [node.op_type for node in ours.node] == [node.op_type for node in theirs.node]
+def structure(path: Path) -> list:
+    """What a graph and its functions consist of, without the names that torch invents."""
+    model = onnx.load(path)
+    bodies = [model.graph.node, *(function.node for function in model.functions)]
+    values = [value.SerializeToString() for value in [*model.graph.input, *model.graph.output]]
+    sizes = sorted([*tensor.dims] for tensor in model.graph.initializer)
+    return [[[node.op_type for node in body] for body in bodies], values, sizes]
+
+
+@pytest.fixture(scope="module")
+def made_again(tmp_path_factory) -> Path:
+    """The folder of what QEfficient makes, where it is installed: at the commit of qaic_gpt2/requirements.txt."""
+    spec = importlib.util.find_spec("QEfficient")
+    if not spec:
+        pytest.skip("needs QEfficient (make qeff)")
+    folder = tmp_path_factory.mktemp("made")
+    recipe, source = shutil.copy(FOLDER / "recipe.py", folder), Path(spec.origin).parents[1]
+    for arguments in ["graphs"], ["signatures", source]:
+        subprocess.run([sys.executable, recipe, *arguments], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_qefficient_still_exports_them(made_again, model, expected, form, tmp_path):
+    assert structure(made_again / f"{form}.onnx") == structure(FOLDER / f"{form}.onnx")
+    ids, logits = expected
+    session = compiled(model, form, tmp_path, made_again, batch_size=2)
+    np.testing.assert_allclose(session.prefill([*ids]), logits[:, -1], atol=1e-4)
+
+
+def test_its_keywords_are_still_those_of_the_list(made_again):
+    name = "signatures.json"
+    assert json.loads((made_again / name).read_text("utf-8")) == json.loads((FOLDER / name).read_text("utf-8"))

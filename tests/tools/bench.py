@@ -38,6 +38,7 @@ PEERS = (REFEREE, "ctranslate2", "llama", "onnxruntime", "openvino")
 PROMPT, NEW_TOKENS, WARM_STARTS = 16, 64, 1
 EXACT = ("float32", "bfloat16", "float16")  # of these, a peer's perplexity is not measured
 BUSY = 0.15  # of the CPUs' time
+UNMEASURED = {"decode": None, "prefill": None}  # null in the results of an engine that fails, beside the error
 # what takes a minute each to start, and says no more on the other model
 SKIPPED = {("gpt2", "int4-awq-fast"), ("gpt2-nano", "compiled")}
 
@@ -108,7 +109,8 @@ def find_engines(root: Path, scratch: Path, model: str, folder: Path, names: lis
             own = folder if ours or name == REFEREE else convert(root, home, python, module, folder)
         except Failed as error:
             print(f"  {name}: {error}", flush=True)
-            failed.append({"model": model, "name": name, "ours": ours, "error": str(error)})
+            about = {"model": model, "name": name, "dtype": "all", "width": "float32", "ours": ours}  # in one table
+            failed.append(about | UNMEASURED | {"error": str(error)})
             continue
         for dtype, width in widths.items():
             if (model, dtype) not in SKIPPED:
@@ -244,9 +246,8 @@ def finish(engines: list[Engine], model: str, requests: dict, bandwidth: float) 
     for engine in good:
         rate = engine.row["decode"]["tokens_per_s"]
         engine.row["of_bandwidth"] = round(engine.row["step_bytes"] * rate / bandwidth, 3)
-    return [
-        {"model": model, "name": e.name, "dtype": e.dtype, "width": e.width, "ours": e.ours} | e.row for e in engines
-    ]
+    about = [{"model": model, "name": e.name, "dtype": e.dtype, "width": e.width, "ours": e.ours} for e in engines]
+    return [about | UNMEASURED | engine.row for about, engine in zip(about, engines, strict=True)]
 
 
 # -- perplexity
@@ -344,7 +345,7 @@ def main(root: Path, argv: list[str] | None = None) -> int:
     print(f"\n{tables.write(args.to, document)}\nThe same as JSON, with a chart: {args.to}")
     failed = [row for row in [*document["rows"], *document["training"]] if row.get("error")]
     for row in failed:
-        about = row["name"], tables.TITLES.get(row["model"], row["model"]), row.get("dtype") or row.get("width")
+        about = row["name"], tables.TITLES.get(row["model"], row["model"]), row.get("dtype") or row["width"]
         print(f"{', '.join(filter(None, about))}: {row['error']}")
     return int(bool(failed))
 

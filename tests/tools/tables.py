@@ -81,25 +81,25 @@ def markdown(head: list[str], rows: list[list[str]], results: list[dict] | None 
 
 def engines_table(rows: list[dict], model: str, width: str) -> str:
     """The fastest first; what failed, last."""
-    chosen = [row for row in rows if (row["model"], row.get("width")) == (model, width)]
-    chosen.sort(key=lambda row: -row["decode"]["tokens_per_s"] if "decode" in row else 0)
+    chosen = [row for row in rows if (row["model"], row["width"]) == (model, width)]
+    chosen.sort(key=lambda row: -row["decode"]["tokens_per_s"] if row["decode"] else 0)
     lines = [[f"**{title(row)}**" if row["ours"] else title(row), *cells(row, rows)] for row in chosen]
     return markdown(["", *COLUMNS], lines, rows)
 
 
 def project_table(rows: list[dict], name: str) -> str:
     """One project's rows."""
-    chosen = [row for row in rows if row["name"] == name and "dtype" in row]
+    chosen = [row for row in rows if row["name"] == name]
     lines = [[TITLES[row["model"]], row["dtype"], *cells(row, rows)] for row in chosen]
     return markdown(["", "dtype", *COLUMNS], lines, rows)
 
 
 def summary_table(rows: list[dict]) -> str:
     """GPT-2 124M's shape: the highest decode rate of each engine, by width."""
-    widths = [width for width in WIDTHS if any(row.get("width") == width for row in rows)]
+    widths = [width for width in WIDTHS if any(row["width"] == width for row in rows)]
     found: dict[str, dict[str, dict]] = {}
     for row in rows:
-        if row["model"] == "gpt2" and "decode" in row:
+        if row["model"] == "gpt2" and row["decode"]:
             best = found.setdefault(row["name"], {}).get(row["width"])
             if best is None or row["decode"]["tokens_per_s"] > best["tokens_per_s"]:
                 found[row["name"]][row["width"]] = row["decode"]
@@ -116,7 +116,7 @@ def tables(document: dict) -> dict[str, str]:
     rows, found = document["rows"], {}
     for model in TITLES:
         for width in WIDTHS:
-            if any((row["model"], row.get("width")) == (model, width) for row in rows):
+            if any((row["model"], row["width"]) == (model, width) for row in rows):
                 found[f"{model}-{width}"] = engines_table(rows, model, width)
     found["summary"] = summary_table(rows)
     found |= {name: project_table(rows, name) for name in sorted({row["name"] for row in rows if row["ours"]})}
@@ -185,7 +185,7 @@ def write(folder: Path, document: dict) -> str:
 
 def draw(path: Path, document: dict) -> None:
     """Decode rates over the bytes of weights that a token reads, under the line of the memory bandwidth."""
-    rows = [row for row in document["rows"] if row["model"] == "gpt2" and "decode" in row]
+    rows = [row for row in document["rows"] if row["model"] == "gpt2" and row["decode"]]
     if not rows:
         return
     import matplotlib

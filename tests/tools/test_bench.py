@@ -113,7 +113,7 @@ def test_what_engines_store_is_deleted_after_their_width(checkout, add_engine, r
 def test_other_tokens_make_a_row_void(add_engine, run):
     add_engine(Path("beta_gpt/bench.py"), tokens="[7, 7, 6] + [7] * (count - 3)", dtypes=("float32", "int8"))
     status, out, rows = run()
-    assert status == 1 and "decode" not in rows["beta_gpt", "float32"] and "decode" in rows["beta_gpt", "int8"]
+    assert status == 1 and rows["beta_gpt", "float32"]["decode"] is None and rows["beta_gpt", "int8"]["decode"]
     line = "beta_gpt, gpt2-nano, 3.6M parameters, float32: void: token 3 of decode is not that of referee"
     assert out.splitlines()[-1] == line
 
@@ -123,7 +123,7 @@ def test_an_engine_that_fails_is_named_and_the_others_are_measured(add_engine, r
     add_engine(Path("beta_gpt/bench.py"), score="")
     status, out, rows = run()
     assert status == 1 and rows["alpha_gpt", "float32"]["error"] == "FAILED with exit status 1: no such kernel"
-    assert "decode" in rows["beta_gpt", "float32"] and "perplexity" not in rows["beta_gpt", "float32"]
+    assert rows["beta_gpt", "float32"]["decode"] and "perplexity" not in rows["beta_gpt", "float32"]
 
 
 def test_without_the_referee_float32_is_void(add_engine, run):
@@ -135,8 +135,27 @@ def test_without_the_referee_float32_is_void(add_engine, run):
 def test_an_environment_that_cannot_be_made_is_named(add_file, run):
     add_file("beta_gpt/bench.py", "import a_package_that_is_missing")
     status, out, rows = run()
-    assert status == 1 and "No module named 'a_package_that_is_missing'" in rows["beta_gpt", None]["error"]
-    assert "decode" in rows["alpha_gpt", "float32"]
+    assert status == 1 and "No module named 'a_package_that_is_missing'" in rows["beta_gpt", "all"]["error"]
+    assert rows["beta_gpt", "all"]["decode"] is None and rows["alpha_gpt", "float32"]["decode"]
+    assert "| **beta_gpt, all** | FAILED: ModuleNotFoundError: No module named" in out
+
+
+WHERE = {
+    "load": {"load": 'dtype == "int8" and sys.exit("this CPU has no int8")'},
+    "generate": {"tokens": '[7] * count if engine != "int8" else sys.exit("this CPU has no int8")'},
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_what_a_cpu_lacks_is_null_with_its_reason(checkout, add_engine, run, where):
+    """In the results and in both tables; the engine's other rows remain."""
+    add_engine(Path("alpha_gpt/bench.py"), dtypes=("float32", "int8", "int4"), **WHERE[where])
+    status, _, rows = run()
+    row, reason = rows["alpha_gpt", "int8"], "FAILED with exit status 1: this CPU has no int8"
+    assert status == 1 and (row["decode"], row["prefill"], row["error"]) == (None, None, reason)
+    assert all(rows[name]["decode"] and "error" not in rows[name] for name in rows if name != ("alpha_gpt", "int8"))
+    text = (checkout / "results" / "bench.md").read_text(encoding="utf-8")
+    assert f"| **alpha_gpt** | {reason} |" in text and f"| int8 | {reason} |" in text
 
 
 def test_environments_are_made_before_anything_is_measured(checkout, run, monkeypatch):
