@@ -40,7 +40,7 @@ mutants: $(TOX)
 
 # kill -9 at fifty random moments of training, and an exact resume after each; Ctrl-C at 25 of each project's example
 kills: $(TOX)
-	$(TOX) run -e jax -- -m faults -k killed_at_random --kills=50 --kills-seed=$$(date +%s)
+	$(TOX) run -e jax -- -m faults -k killed_at_random --numprocesses=0 --kills=50 --kills-seed=$$(date +%s)
 	$(TOX) run -e parity -- -k ctrl_c_at_random --interrupts=25 --interrupts-seed=$$(date +%s)
 
 # the other Pythons that shared and jax_nanogpt support; those that are not installed are skipped by name

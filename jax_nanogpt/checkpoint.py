@@ -1,7 +1,8 @@
 """Checkpoints through Orbax: the last two and the best, each complete or absent.
 
 Orbax writes a step into a temporary folder and renames it once all bytes are written; only then are older steps
-deleted. A kill at any moment leaves the step before intact. Two are kept because a disk may damage one.
+deleted. A kill at any moment leaves the step before intact. Two are kept because a disk may damage one: the checksum of
+each file is recorded, and compared when it is read.
 """
 
 import errno
@@ -12,7 +13,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
@@ -34,7 +36,7 @@ from jax_nanogpt.files import write_text
 from jax_nanogpt.model import GPTConfig
 from jax_nanogpt.runtime import default_device, is_lost_contact, is_main_process
 
-SIZES = "sizes.json"  # in a step: the sizes of its files
+SIZES = "sizes.json"  # in a step: the size and the CRC-32 of each of its files; older checkpoints have the sizes alone
 DELETED = "deleted"  # a step is moved here before its files are deleted, so that it never looks like a damaged one
 ITEMS = ("params", "opt_state", "about")  # separate, so that sampling reads the parameters alone
 METRICS = "metrics/metrics"  # Orbax's, in a step: its val_loss, if it was evaluated
@@ -53,6 +55,10 @@ def orbax() -> ModuleType:
 
 class CheckpointError(ValueError):
     """No checkpoint, or a damaged one."""
+
+
+class ChangedFile(ValueError):
+    """A file of a checkpoint that does not have the checksum it was saved with."""
 
 
 def folder_of(out_dir: str | Path) -> Path:
@@ -75,7 +81,7 @@ def check_steps(out_dir: str | Path) -> None:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SIZES)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES)
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
@@ -84,13 +90,57 @@ def read_json(path: Path) -> dict:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
+def read_records(folder: Path) -> dict[str, list[int]]:
+    """[size, checksum] of each file of a step, or [size]."""
+    return {name: found if isinstance(found, list) else [found] for name, found in read_json(folder / SIZES).items()}
+
+
+def checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def own_share(sizes: dict[str, int]) -> list[str]:
+    """The files that this process reads for their checksums: of several processes, each reads its share."""
+    names = sorted(sizes, key=lambda name: (sizes[name], name))
+    return names[jax.process_index() :: jax.process_count()]
+
+
+def record_files(folder: Path) -> dict[str, list[int]]:
+    """[size, checksum] of each file of a step, in all processes."""
+    sizes = file_sizes(folder)
+    own = {name: checksum(folder / name) for name in own_share(sizes)}
+    checksums = multihost_utils.process_allgather(np.array([own.get(name, 0) for name in sizes], np.uint32))
+    return {name: [sizes[name], int(value)] for name, value in zip(sizes, checksums.max(axis=0), strict=True)}
+
+
+def item_of(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def find_change(folder: Path, names: Iterable[str]) -> str:
+    """The first of these files that does not have the checksum it was saved with, or ""."""
+    records = read_records(folder)
+    for name in names:
+        _, *recorded = records.get(name, [0])
+        if recorded and recorded != [checksum(folder / name)]:
+            return f"the checksum of {name} does not match"
+    return ""
+
+
 def find_damage(folder: Path) -> str:
-    """What is wrong with a step's files, or "": a full disk or a power cut may have truncated them."""
+    """What is wrong with a step's files, or "": a full disk or a power cut may have truncated them. The arrays'
+    checksums are compared when they are read."""
     name, sizes = SIZES, file_sizes(folder)
     try:
-        for name, size in read_json(folder / SIZES).items():
+        for name, (size, *_) in read_records(folder).items():
             if sizes.get(name) != size:
                 return f"{name} has {sizes.get(name, 0)} bytes of {size}"
+        if change := find_change(folder, [name for name in sizes if item_of(name) not in ITEMS]):
+            return change
         name = METRICS
         read_json(folder / METRICS)
     except (ValueError, TypeError, RecursionError):
@@ -102,8 +152,8 @@ def damage_of(error: Exception) -> str:
     """What it says is wrong with a file of a checkpoint, or "": no memory or no permission is not the file's fault."""
     if type(error) is Exception and isinstance(error.__cause__, Exception):  # Orbax's, around TensorStore's
         error = error.__cause__
-    missing_or_unreadable = isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError)
-    if missing_or_unreadable or (isinstance(error, ValueError) and DAMAGE.match(str(error))):
+    of_file = isinstance(error, ChangedFile | FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError)
+    if of_file or (isinstance(error, ValueError) and DAMAGE.match(str(error))):
         return str(error)
     return ""
 
@@ -242,10 +292,10 @@ class Checkpoints:
         )
         try:
             self.manager.save(step, args=items, metrics=None if val_loss is None else {"val_loss": val_loss})
+            records = record_files(self.folder / str(step))
             if is_main_process():
                 shutil.rmtree(self.folder / DELETED, ignore_errors=True)
-                folder = self.folder / str(step)
-                write_text(folder / SIZES, json.dumps(file_sizes(folder)))
+                write_text(self.folder / str(step) / SIZES, json.dumps(records))
         except Exception as error:  # Orbax and TensorStore report a full disk in many ways
             if isinstance(error, jax.errors.JaxRuntimeError) or is_lost_contact(error):
                 raise
@@ -263,8 +313,17 @@ class Checkpoints:
     def val_loss(self, step: int) -> float | None:
         return (self.manager.metrics(step) or {}).get("val_loss")
 
+    def check(self, step: int, items: Iterable[str]) -> None:
+        """Raises ChangedFile for a file of these items, in all processes: to restore is to wait for each other."""
+        folder = self.folder / str(step)
+        sizes = {name: size for name, size in file_sizes(folder).items() if item_of(name) in items}
+        change = find_change(folder, own_share(sizes))
+        if multihost_utils.process_allgather(np.array(bool(change))).any():
+            raise ChangedFile(change or "the checksum of a file that another process reads does not match")
+
     def about(self, step: int) -> dict:
         ocp = orbax()
+        self.check(step, ["about"])
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         about["model"].pop("fast", None)  # which checkpoints had before kernels.py
         return about
@@ -295,6 +354,7 @@ class Checkpoints:
         device = SingleDeviceSharding(default_device())  # this machine may lack the devices that saved it
         items = ocp.args.Composite(params=ocp.args.StandardRestore(fallback_sharding=device))
         try:
+            self.check(step, ["params"])
             params, about = self.manager.restore(step, args=items)["params"], self.about(step)
         except Exception as error:
             if not (damage := damage_of(error)):
@@ -307,5 +367,6 @@ class Checkpoints:
         """like is {"params": ..., "opt_state": ...}, or has one of them: shapes, and the shardings to restore to,
         whatever they were when saved."""
         ocp = orbax()
+        self.check(step, like)
         items = {item: ocp.args.StandardRestore(tree) for item, tree in like.items()}
         return self.manager.restore(step, args=ocp.args.Composite(**items))

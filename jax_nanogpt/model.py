@@ -229,16 +229,18 @@ class GPT(nn.Module):
         self, x: Array, cache: Cache | None, start: int | Array, rows: Array | None, only: int | Array | None
     ) -> tuple[Array, Cache | None]:
         c, kernels, new_cache = self.config, self.kernels, []
-        block = nn.remat(Block) if c.remat and rows is not None else Block
         if self.has_variable("params", "h"):  # stack_layers
+            # a scan writes all that it keeps for the backward pass to memory: what is between products is recomputed
+            policy = None if c.remat else jax.checkpoint_policies.dots_saveable
             scan = nn.scan(
-                block,
+                nn.remat(Block, prevent_cse=False, policy=policy),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=c.n_layer,
             )
             return scan(c, kernels, name="h")(x, cache, start, rows, None)
+        block = nn.remat(Block) if c.remat and rows is not None else Block
         for i, layer_cache in enumerate(cache or [None] * c.n_layer):
             last = i == c.n_layer - 1  # it computes for one position alone
             x, layer_cache = block(c, kernels, name=f"h_{i}")(x, layer_cache, start, rows, only if last else None)

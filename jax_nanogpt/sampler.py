@@ -178,7 +178,7 @@ def pad(rows: np.ndarray, slots: int) -> np.ndarray:
 
 def key_of(seed: int) -> jax.Array:
     """jax.random.key(seed), which without 64-bit integers would ignore all but 32 bits, and compile programs."""
-    return jax.random.wrap_key_data(jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32))
+    return jax.random.wrap_key_data(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32))
 
 
 def generate(

@@ -1,5 +1,6 @@
 """No test uses the network, and none compiles a program that another test has compiled."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pydoc_data.topics import topics
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
-# in all processes of the tests: XLA compiles in half the time; its usual programs are those of the READMEs' commands
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+# for all processes of the tests: XLA compiles faster. Its usual programs are run by tests/contract, and the training
+# step's by tests/tools/test_training_steps.py
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")]
+).strip()
 
 import jax
 import pytest
@@ -17,6 +21,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax_nanogpt import metrics, train
 from jax_nanogpt.data.corpus import write_characters
 from tests.jax.runs import OFTEN, TINY
+
+gc.freeze()  # else each full collection would look through all that is imported
 
 
 def pytest_addoption(parser):

@@ -1,8 +1,10 @@
 """checkpoint.py and files.py alone: which steps are kept and moved aside, and that a file is replaced atomically."""
 
+import json
 import shutil
 import subprocess
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -126,6 +128,58 @@ def test_no_file_of_a_step_is_lost_unnoticed(harm, out_dir, tmp_path):
         assert steps_in(copy / "checkpoints.damaged") == ([2] if step == 1 else [])
         moved += step == 1
     assert moved >= 5
+
+
+def test_a_flipped_bit_in_any_file_of_a_step_is_damage(out_dir, tmp_path):
+    """In an array's bytes it would be read as another number."""
+    save(Checkpoints.start(out_dir), {1: 1.0, 2: 2.0})
+    files = [path.relative_to(out_dir) for path in (out_dir / "checkpoints" / "2").rglob("*") if path.is_file()]
+    for number, file in enumerate(files):
+        copy = tmp_path / f"copy {number}"
+        shutil.copytree(out_dir, copy)
+        content = bytearray((copy / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / file).write_bytes(content)
+        readers = [lambda copy=copy: restore(Checkpoints(copy))]
+        if "opt_state" not in file.parts:
+            readers.append(lambda copy=copy: Checkpoints(copy).restore_model(2))
+        for read in readers:
+            with pytest.raises(CheckpointError, match="iteration 2 in .* is damaged"):
+                read()
+        assert restore(Checkpoints.resume(copy)) == (1, [[1] * 3] * 2), file
+        assert steps_in(copy / "checkpoints.damaged") == [2]
+
+
+def test_a_checksum_is_of_what_is_beyond_the_first_megabyte_too(tmp_path):
+    content = bytes(2**20) + b"end"
+    (tmp_path / "file").write_bytes(content)
+    assert checkpoint.checksum(tmp_path / "file") == zlib.crc32(content)
+
+
+def test_processes_share_the_reading_of_a_steps_files_by_their_sizes(monkeypatch):
+    sizes, shares = {"a": 9, "b": 1, "c": 8, "d": 2}, []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for number in 0, 1:
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        shares.append(set(checkpoint.own_share(sizes)))
+    assert shares == [{"b", "c"}, {"a", "d"}]
+
+
+def test_a_changed_file_is_found_by_one_process_and_reported_by_all(out_dir, monkeypatch):
+    """The others would wait for it in Orbax's restore."""
+    save(Checkpoints.start(out_dir), {1: 1.0})
+    checkpoints = Checkpoints.resume(out_dir)
+    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", lambda found: np.array([found, True]))
+    with pytest.raises(checkpoint.ChangedFile, match="another process"):
+        checkpoints.check(1, ["params"])
+
+
+def test_a_step_whose_checksums_were_not_recorded_is_read(out_dir):
+    save(Checkpoints.start(out_dir), {1: 1.0, 2: 2.0})
+    file = out_dir / "checkpoints" / "2" / "sizes.json"
+    sizes = {name: size for name, (size, _) in json.loads(file.read_text(encoding="utf-8")).items()}
+    file.write_text(json.dumps(sizes), encoding="utf-8")
+    assert restore(Checkpoints.resume(out_dir)) == (2, [[2] * 3] * 2)
 
 
 def test_a_step_of_another_shape_is_damaged(out_dir):

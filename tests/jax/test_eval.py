@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_nanogpt import eval, weight_loader
+from jax_nanogpt.checkpoint import Checkpoints
 from shared.tokenizer import load_tokenizer
 
 LINE = r"([\d,]+) tokens, ([\d,]+) bytes: loss (\d+\.\d+), perplexity (\d+\.\d+), (\d+\.\d+) bits per byte"
@@ -42,6 +43,18 @@ def test_the_loss_of_one_context_is_that_of_train_pys_evaluation(run, finished, 
     assert (tokens, size) == (16, 17) and f"val loss {loss:.4f}" in evaluated
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
     assert bits == pytest.approx(loss * tokens / math.log(2) / size, abs=1e-3)
+
+
+def test_of_an_out_dir_the_best_checkpoint_is_evaluated_also_if_it_is_not_the_last(
+    finished, tmp_path, figures, text_file
+):
+    shutil.copytree(finished, tmp_path / "out")
+    checkpoints = Checkpoints.resume(tmp_path / "out")
+    best, last = checkpoints.best(), checkpoints.last() + 1
+    _, params = checkpoints.restore_model(best)
+    checkpoints.save(last, params, {"count": np.zeros(1)}, checkpoints.about(best), checkpoints.val_loss(best) + 1)
+    figures(f"--out_dir={tmp_path / 'out'}", f"--input={text_file}")
+    assert figures.first.startswith(f"{tmp_path / 'out'} at iteration {best} ")
 
 
 def test_an_exported_model_has_the_loss_of_its_out_dir(finished, tmp_path, figures, text_file):

@@ -1,6 +1,7 @@
 """runtime.py: bfloat16 on this CPU, the first line of output, threads, the compilation cache."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -170,8 +171,12 @@ def test_the_cache_is_shared_by_hosts_with_the_same_cpu_and_by_no_others(cache_s
 def test_where_home_cannot_be_written_or_is_unknown_the_cache_is_a_temporary_folder(cache_settings, tmp_path):
     private = tmp_path / f"cache-{os.getuid()}" / "jax_nanogpt"
     cache_settings.setattr(runtime.tempfile, "gettempdir", lambda: str(tmp_path))
+    with cache_settings.context() as change:  # a read-only home, also for root
+        change.setattr(runtime.os, "access", lambda folder, mode: private in folder.parents)
+        assert cache_folder().parent == private and private.parent.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(tmp_path / "home")
     (tmp_path / "home").touch()
-    assert cache_folder().parent == private and private.parent.stat().st_mode & 0o777 == 0o700
+    assert cache_folder().parent == private
     cache_settings.delenv("XDG_CACHE_HOME")
     cache_settings.setattr(runtime.Path, "home", no_home)
     assert cache_folder().parent == private

@@ -25,6 +25,7 @@ for name in PARAMS.keys() - {"wte", "wpe", "ln_f"}:  # as fresh, the tied head s
     PARAMS[name] = jax.tree.map(lambda p: 20 * p if p.ndim > 1 else p, PARAMS[name])
 GREEDY = Sampling(temperature=0)
 DRAWS = 4000
+jit_choose = jax.jit(choose)
 
 
 def naive(prompt, new_tokens, config=CONFIG, params=PARAMS):
@@ -118,7 +119,7 @@ def test_for_one_position_the_last_block_computes_no_other():
 
 
 def test_the_logits_of_the_kept_texts_alone_leave_the_device():
-    for kept in 0, 1:
+    for kept in 0, 1:  # the first 38 tokens with the cache, the others past it
         chunks = list(generate(GPT(CONFIG), PARAMS, [1, 2, 3], 50, samples=3, kept=kept))
         assert [logits.shape for _, logits in chunks] == [(kept, tokens.shape[1], 60) for tokens, _ in chunks]
 
@@ -158,7 +159,7 @@ def probabilities(logits, sampling):
 
 def frequencies(logits, sampling, draws=DRAWS):
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1))
-    tokens = choose(rows, sampling, jax.random.split(jax.random.key(0), draws))
+    tokens = jit_choose(rows, sampling, jax.random.split(jax.random.key(0), draws))
     return np.bincount(tokens, minlength=len(logits)) / draws
 
 

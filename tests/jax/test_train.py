@@ -352,7 +352,7 @@ def test_help_and_a_mistake_wait_for_neither_matplotlib_nor_orbax():
 
 def test_a_run_with_scanned_layers_is_the_plain_one_and_writes_the_same_checkpoints(run, tmp_path, no_chart):
     """Also where one resumes the other's; without dropout, whose masks are others."""
-    flags = "--n_layer=3", "--dropout=0", *MESH_RUN
+    flags = "--n_layer=2", "--dropout=0", *MESH_RUN
     run(tmp_path / "plain", *flags, "--max_iters=4")
     run(tmp_path / "scanned", *flags, "--max_iters=2", "--scan_layers")
     run(tmp_path / "scanned", *flags, "--max_iters=3", "--init_from=resume")
