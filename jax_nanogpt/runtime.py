@@ -1,9 +1,10 @@
-"""Devices, the processes of a group, the compilation cache, and what this CPU can do."""
+"""Devices, the processes of a group, signals, the compilation cache, and what this CPU can do."""
 
 import hashlib
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -11,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -217,6 +218,26 @@ def finish() -> None:
         jax.distributed.shutdown()
         finished.set()
         watcher.join()
+
+
+# --- signals
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Yields a list of the SIGINT and SIGTERM caught so far. The second of a kind ends the process."""
+    caught = []
+
+    def catch(number: int, _: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- this machine

@@ -9,8 +9,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from jax_nanogpt.loss import mean_loss
 from jax_nanogpt.metrics import Metrics, log, peak_tflops, trace_calls
 from jax_nanogpt.model import GPT, Kernels, Params, count_params, flops_per_token, stack_layers, unstack_layers
 from jax_nanogpt.optimizer import make_optimizer, schedule
-from jax_nanogpt.runtime import choose_devices, describe, init_distributed, is_main_process
+from jax_nanogpt.runtime import catch_signals, choose_devices, describe, init_distributed, is_main_process
 from jax_nanogpt.sharding import (
     BATCH,
     constrain,
@@ -282,23 +282,6 @@ class Run:
             if not math.isfinite(loss):
                 name = "NaN" if math.isnan(loss) else "inf"
                 sys.exit(f"{name} loss at iteration {iteration}; {last_good(self.out_dir)}" if is_main_process() else 1)
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Yields a list of the SIGINT and SIGTERM caught so far. The second of a kind ends the process."""
-    caught = []
-
-    def catch(number: int, _: object) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(setup: Setup) -> int:
