@@ -126,8 +126,13 @@ def find_change(folder: Path, names: Iterable[str]) -> str:
     records = read_records(folder)
     for name in names:
         _, *recorded = records.get(name, [0])
-        if recorded and recorded != [checksum(folder / name)]:
-            return f"the checksum of {name} does not match"
+        try:
+            if recorded and recorded != [checksum(folder / name)]:
+                return f"the checksum of {name} does not match"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return f"{name} cannot be read"
     return ""
 
 
@@ -314,7 +319,8 @@ class Checkpoints:
         return (self.manager.metrics(step) or {}).get("val_loss")
 
     def check(self, step: int, items: Iterable[str]) -> None:
-        """Raises ChangedFile for a file of these items, in all processes: to restore is to wait for each other."""
+        """Raises ChangedFile in every process if a file of these items does not match its checksum: Orbax's restore
+        waits for all of them."""
         folder = self.folder / str(step)
         sizes = {name: size for name, size in file_sizes(folder).items() if item_of(name) in items}
         change = find_change(folder, own_share(sizes))

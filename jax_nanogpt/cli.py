@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + "".join(f"; did you mean {n}?" for n in near))
         values = vars(args).values()
         if [] in values or any([] in value for value in values if isinstance(value, list)):
-            self.error("-- must not be the value of a flag")  # of --flag=-- argparse makes [] before Python 3.13
+            self.error("-- must not be the value of a flag")  # argparse parses --flag=-- as [] before Python 3.13
         return args
 
 

@@ -5,8 +5,8 @@ memory. The kernel's gradient, x.T @ g, does not, and XLA computes it in float32
 All products return float32, so that what is between them needs no conversions. benchmarks/step.py measures the gain.
 
 On an NVIDIA GPU from Ampere on, attention in bfloat16 or float16 is cuDNN's fused kernel, which never writes the T * T
-scores. On every GPU activations keep their layout, and the backward pass computes GELU again: memory is what the
-kernels between the products wait for. On accelerators the training loss pads the vocabulary to whole tiles.
+scores. On every GPU activations keep their layout, and the backward pass recomputes GELU: the kernels between
+the products are limited by memory. On accelerators the training loss pads the vocabulary to whole tiles.
 """
 
 import math
@@ -91,8 +91,8 @@ def fused_attend(
 
 
 def rows_in_order(x: jax.Array) -> jax.Array:
-    """x [B, T, C] with C last in memory. wpe's gradient is a sum over B: for it XLA would put B last, in all that the
-    blocks add to, and transpose that before and after each product."""
+    """x [B, T, C] with C last in memory. wpe's gradient is a sum over B: for it XLA would put B last in the whole
+    residual stream, and transpose it before and after each product."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 

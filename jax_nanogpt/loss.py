@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax_nanogpt.model import GPT, Array, Kernels, Params
 from jax_nanogpt.sharding import BATCH, map_shards, sum_over_devices
 
-CHUNK_BYTES = 2**30  # of a chunk's logits
+CHUNK_BYTES = 2**30  # of a chunk's logits in the dtype of x
 TOKENS = P(BATCH, "tensor")  # how [B, T, ...] is sharded
 
 
@@ -45,8 +45,8 @@ def make_table(kernels: Kernels, wte: Array, x: Array) -> Array:
 
 
 def cross_entropy(kernels: Kernels, vocab_size: int, table: Array, x: Array, targets: Array) -> Array:
-    """Of tokens in a row: x [N, C], targets [N] -> [N]. In bfloat16 the logits are rounded to it, as they are in
-    PyTorch's autocast; the sums are float32."""
+    """Of tokens in a row: x [N, C], targets [N] -> [N]. On an accelerator logits have the dtype of x, bfloat16 as in
+    PyTorch's autocast; all sums are float32."""
     over_C = ((1,), (1,)), ((), ())
     logits = kernels.dot_general(x, table, over_C).astype(jnp.float32)  # N, V padded
     ids = jnp.arange(len(table))

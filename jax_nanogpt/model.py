@@ -101,7 +101,7 @@ class Kernels:
 
     attend: Callable = attend
     dot_general: Callable = dot_general
-    fix_layout: Callable[[Array], Array] | None = None  # of what the blocks add to, [B, T, C]
+    fix_layout: Callable[[Array], Array] | None = None  # of the residual stream, [B, T, C]
     recompute_gelu: bool = False  # in the backward pass, from the product before it: less is kept, and read again
     vocab_multiple: int = 1  # the training loss pads the logits to a multiple of this: accelerators multiply tiles
 

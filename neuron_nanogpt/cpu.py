@@ -19,7 +19,7 @@ class CPU:
 
     def __init__(self, missing: str | None = None, label: str = "neuron"):
         self.missing = missing  # why this is not a NeuronCore
-        self.label = label  # of its files; another one where a NeuronCore's may be
+        self.label = label  # in its file names; cpu where torch-neuronx is installed, whose graphs stay
         self.facts = {"device": "cpu", "fbgemm": kernels.FBGEMM, "versions": {"torch": torch.__version__}}
 
     def describe(self, dtype: str) -> str:

@@ -48,6 +48,8 @@ def check_same(theirs: tuple, ours: tuple, config: GPTConfig) -> None:
     rng = np.random.default_rng(0)
     feeds = {"input_ids": rng.integers(config.vocab_size, size=(B, 2)), "position_ids": np.array([[1, 2], [0, 1]])}
     caches = [value.name for value in ours[0].graph.input if value.name not in feeds]
+    if {value.name for value in theirs[0].graph.input} != {value.name for value in ours[0].graph.input}:
+        raise Different(f"its inputs are not those of {config.n_layer} layers")
     if any(sizes_of(value) != [H, D] for value in theirs[0].graph.input if value.name in caches):
         raise Different(f"its caches are not of {H} heads of size {D}")
     feeds |= {name: rng.standard_normal((B, H, S, D), np.float32) for name in caches}

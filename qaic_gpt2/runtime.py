@@ -83,7 +83,7 @@ class Session:
         return binding, small, logits
 
     def describe(self):
-        casts = ", float16 in float32, which its weights become (it has no float16 kernels for this CPU)"
+        casts = ", float16 computed in float32 (it has no float16 kernels for this CPU)"
         return ENGINE + (casts if self.record["casts_float16"] else "")
 
     @property

@@ -53,7 +53,7 @@ def step_bytes(engine):
     config, size, words = engine.config, engine.config.dtype.itemsize, engine.describe()
     linear, head = 12 * config.n_layer * config.n_embd**2, config.vocab_size * config.n_embd
     rest = count_params(config) - config.block_size * config.n_embd - linear - head
-    mode, fast = config.quant_mode or "", "16 bits" in words
+    mode, fast = config.quant_mode or "", "low precision" in words
     if not mode or words.startswith("cpu") and not fast:  # a CPU holds other weights in float32
         return (linear + head + rest) * size
     each = 1 if mode in ("float8", "int8-weight-only") else 1 / 2 + size / int4_block(config)  # with int4's scales

@@ -18,7 +18,7 @@ NO_KERNEL = "float32 (torch has no faster kernel for this CPU)"
 def choose_device(name: str, fast: bool = False, quant_mode: str | None = None) -> str:
     """Device and engine in words, such as `cpu: nvtripy ...`; a ValueError if the device is not available.
 
-    fast: executables that are compiled or loaded from now on multiply quantized weights in 16 bits (CPU only).
+    fast: executables that are compiled or loaded from now on multiply quantized weights in low precision (CPU only).
     """
     if name not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
@@ -32,7 +32,7 @@ def describe_cpu(name, fast):
     weights.FAST = fast and (weights.has_float16() or all(map(weights.has_low_bits, weights.PRODUCTS)))
     words = f"cpu: {tripy_cpu.ENGINE}"
     if fast:
-        words += f", quantized weights multiplied in {'16 bits' if weights.FAST else NO_KERNEL}"
+        words += f", quantized weights multiplied in {'low precision' if weights.FAST else NO_KERNEL}"
     if not weights.has_half_product(torch.bfloat16):
         words += f", bfloat16 multiplied in {NO_KERNEL}"
     if not weights.has_float16():

@@ -43,7 +43,7 @@ def make_parser():
     add("--quant-mode", help="int8-weight-only, int4-weight-only, int4-awq or float8 (also fp8)")
     text = f"{CNN}, or {OFFLINE.name} without a network"
     add("--calibration-data", help=f"for int4-awq and float8: a .txt, a .jsonl or a folder (default: {text})")
-    add("--fast", action="store_true", help="on the CPU: multiply quantized weights in 16 bits")
+    add("--fast", action="store_true", help="on the CPU: multiply quantized weights in low precision")
     add("--device", default="auto", choices=DEVICES, help="(default: %(default)s)")
     add("--no-cache", action="store_true", help="recompute the whole text for each token")
     add("--ignore-eos", action="store_true", help="continue after <|endoftext|>")

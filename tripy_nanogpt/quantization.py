@@ -33,7 +33,7 @@ OFFLINE = HERE / "calibration.txt"  # replaces CNN / DailyMail without a network
 class Quantization:
     mode: str | None = None  # one of MODES, or fp8
     calibration_data: str = CNN  # or a .txt, a .jsonl or a folder
-    fast: bool = False  # on the CPU: multiply quantized weights in 16 bits
+    fast: bool = False  # on the CPU: multiply quantized weights in low precision
 
 
 NOT_QUANTIZED = Quantization()

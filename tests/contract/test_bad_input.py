@@ -184,4 +184,4 @@ def test_an_unknown_flag_names_the_nearest(project, script, sandbox):
     for flag in box.flags(script):
         answer = box.run(script, [*box.good_words(script), f"--x{flag[2:]}=1"])
         assert answer.status == 2 and answer.stderr.count("\n") == 1
-        assert f"did you mean {flag}?" in answer.stderr.replace("mean ", "mean --").replace("----", "--")
+        assert re.search(rf"did you mean (--)?{re.escape(flag[2:])}\?", answer.stderr)

@@ -16,4 +16,5 @@ def test_the_common_flags_work_in_every_example(project, served, tmp_path):
         answer = served(project).run(example_of(ROOT, project), words.split(), tmp_path)
         assert answer.status == 0, answer.stderr
         dumps.append(read_dump(tmp_path / "dump.npz"))
+        (tmp_path / "dump.npz").unlink()
     assert dumps[0]["tokens"].tolist() == dumps[1]["tokens"].tolist() and len(dumps[0]["tokens"]) == 6

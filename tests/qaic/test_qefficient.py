@@ -99,11 +99,11 @@ def test_drafts_of_it_are_verified(model, expected, form, tmp_path):
     np.testing.assert_allclose(session.verify(ids[0, 9:14], 9), logits[0, 9:14], atol=1e-4)
 
 
-def test_another_model_than_the_folders_runs_as_it_is(model, expected, make_checkpoint, tmp_path):
-    """And in int8 it is refused: the config says another number of heads."""
-    other = QEFFAutoModelForCausalLM.from_pretrained(
-        make_checkpoint(vocab_size=53, n_positions=32, n_embd=16, n_layer=2, n_head=1)
-    )
+@pytest.mark.parametrize("change", [{"n_head": 1}, {"n_layer": 1}])
+def test_another_model_than_the_folders_runs_as_it_is(change, model, expected, make_checkpoint, tmp_path):
+    """And in int8 it is refused: the config says another number of heads, or of layers."""
+    shape = {"vocab_size": 53, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2} | change
+    other = QEFFAutoModelForCausalLM.from_pretrained(make_checkpoint(**shape))
     session = compiled(other, "plain", tmp_path)
     np.testing.assert_allclose(session.prefill([expected[0][0]]), expected[1][:1, -1], atol=1e-4)
     with pytest.raises(ValueError, match="onnx_path must be a GPT-2 as export or QEfficient writes it, with int8: "):

@@ -39,7 +39,7 @@ PROMPT, NEW_TOKENS, WARM_STARTS = 16, 64, 1
 EXACT = ("float32", "bfloat16", "float16")  # of these, a peer's perplexity is not measured
 BUSY = 0.15  # of the CPUs' time
 UNMEASURED = {"decode": None, "prefill": None}  # null in the results of an engine that fails, beside the error
-# what takes a minute each to start, and says no more on the other model
+# not measured: each takes a minute to start, and says the same on the other model
 SKIPPED = {("gpt2", "int4-awq-fast"), ("gpt2-nano", "compiled")}
 
 

@@ -84,6 +84,8 @@ def wrap(line: str) -> list[str]:
     line = line if len(line) <= LETTERS else line.partition("  # ")[0]
     while len(line) > LETTERS:
         end = line.rfind(" ", len(indent), LETTERS + 1)
+        if end < 0:
+            break
         parts.append(line[:end])
         line = indent + line[end + 1 :]
     return [*parts, line]
@@ -185,6 +187,8 @@ def draw_timeline(document: dict) -> str:
     """Two lanes for each stack; the sizes of the boxes mean nothing."""
     rows, body, top = {row["name"]: row for row in measured(document)}, [], 8
     for name, start in STARTS.items():
+        if name not in rows:
+            continue
         row, host, device = rows[name], top + 24, top + 60
         body += [box(4, top, WIDTH - 8, 100, PANEL, "#d0d7de", 6), words(12, top + 16, name, "bold")]
         body += [words(12, host + 20, "host", "small"), words(12, device + 20, "device", "small")]

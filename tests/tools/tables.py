@@ -26,7 +26,7 @@ NAMES = {
     "openvino": "OpenVINO",
 }
 COLUMNS = ["decode, tokens/s", "of the bandwidth", "prefill, tokens/s", "cold start", "warm start", "memory"]
-OPTIONAL = {"perplexity": "perplexity", "beside a busy core": "busy_core"}  # and what the results call them
+OPTIONAL = {"perplexity": "perplexity", "with one busy core": "busy_core"}  # and what the results call them
 COLUMNS += OPTIONAL
 LINK = re.compile(r"\[`([^`]+)`\]\(([\w./-]+)#L\d+\)")
 MARKER = re.compile(r"(?<=<!-- figures: )([\w-]+)( -->\n)((?:\|.*\n)*)")
@@ -136,13 +136,13 @@ def gpu_table(document: dict) -> str:
             row["work"],
             str(row["batch"]),
             f"{row['tokens_per_s']:,.0f}",
-            f"{row['tflops']:.0f} TFLOP/s, {row['mfu']:.1%} of the peak",
+            f"{row['tflops']:.0f} TFLOP/s, MFU {row['mfu']:.1%}",
             f"{row['ratio']:.2f} × {row['peer']}",
             f"{document['date']}, {document['versions'].partition(',')[0]}",
         ]
         for row in document["results"]
     ]
-    return markdown(["GPU", "work", "batch", "tokens/s", "arithmetic", "beside", "measured"], lines)
+    return markdown(["GPU", "work", "batch", "tokens/s", "arithmetic", "vs", "measured"], lines)
 
 
 def machine_table(here: dict) -> str:

@@ -191,10 +191,10 @@ def test_decode_is_measured_beside_a_busy_core_if_asked(checkout, run, monkeypat
     _, _, rows = run("--busy-core")
     assert all(row["busy_core"]["tokens_per_s"] > 0 for row in rows.values())
     assert [words for words in started if "while True: pass" in words]
-    assert "| beside a busy core |" in (checkout / "results" / "bench.md").read_text(encoding="utf-8")
+    assert "| with one busy core |" in (checkout / "results" / "bench.md").read_text(encoding="utf-8")
     _, _, rows = run()
     assert not any("busy_core" in row for row in rows.values())
-    assert "beside a busy core" not in (checkout / "results" / "bench.md").read_text(encoding="utf-8")
+    assert "with one busy core" not in (checkout / "results" / "bench.md").read_text(encoding="utf-8")
 
 
 def test_the_time_of_others_is_what_is_not_idle(tmp_path, monkeypatch):

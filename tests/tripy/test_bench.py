@@ -37,7 +37,7 @@ def test_every_dtype_loads_what_it_names(wide):
         engine = bench.load(wide, name)
         assert (engine.config.quant_mode or engine.config.dtype.name) == name.removesuffix("-fast")
         assert name.startswith(width)
-        assert ("16 bits" in engine.describe()) == name.endswith("-fast")
+        assert ("low precision" in engine.describe()) == name.endswith("-fast")
 
 
 def test_a_step_reads_all_weights_but_the_position_table(wide, reference):

@@ -575,7 +575,7 @@ def test_half_precision_is_multiplied_in_float32_without_a_kernel(dtype, monkeyp
 def test_this_cpus_kernels_are_used_where_they_compute_right(monkeypatch):
     monkeypatch.setattr(tripy_cpu.weights, "FAST", None)
     assert choose_device("auto") == f"cpu: {tripy_cpu.ENGINE}"
-    assert choose_device("auto", fast=True) == f"cpu: {tripy_cpu.ENGINE}, quantized weights multiplied in 16 bits"
+    assert choose_device("auto", fast=True) == f"cpu: {tripy_cpu.ENGINE}, quantized weights multiplied in low precision"
 
 
 # -- files

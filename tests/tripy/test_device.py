@@ -42,7 +42,7 @@ def test_float8_is_refused_below_compute_capability_8_9(gpu, main, refused, wide
         (A100, "int4-awq"),
         (L4, "float8"),
         (H100, "float8"),
-        ("B200, 10.0", "float8"),
+        (B200, "float8"),
     ],
 )
 def test_other_modes_and_newer_gpus_are_not_refused(gpu, line, mode):

@@ -37,7 +37,7 @@ def test_the_first_line_names_the_mode_and_the_second_what_calibrated_it(run, wi
 def test_the_first_line_says_what_is_multiplied_in_16_bits(run):
     fast = run("--quant-mode=int8-weight-only", "--fast")
     exact = run("--quant-mode=int8-weight-only")
-    assert "quantized weights multiplied in " in fast[0] and "16 bits" not in exact[0]
+    assert "quantized weights multiplied in " in fast[0] and "low precision" not in exact[0]
     assert exact[1].startswith("What is the answer")  # no calibration
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .kernels import HALF
 
 LARGE = 1 << 14  # elements; smaller constants keep their layout
-FAST = False  # multiply by quantized weights, and by the head then, in 16 bits: within 1e-2
+FAST = False  # multiply by quantized weights, and by the head then, in low precision: within 1e-2
 
 _shared = weakref.WeakValueDictionary()
 
