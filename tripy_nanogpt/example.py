@@ -152,6 +152,8 @@ def main(argv=None):
         return generate(args, engine, tokenizer, prompt)
     except OSError as error:  # a full disk
         parser.error(str(error))
+    finally:
+        engine.wait()
 
 
 if __name__ == "__main__":
