@@ -36,6 +36,7 @@ NANO = ROOT / "checkpoints" / "gpt2-nano"
 REFEREE = "transformers"
 PEERS = (REFEREE, "ctranslate2", "llama", "onnxruntime", "openvino")
 PROMPT, NEW_TOKENS, WARM_STARTS = 16, 64, 1
+WARM_UP_TOKENS = 2  # enough to compile
 EXACT = ("float32", "bfloat16", "float16")  # of these, a peer's perplexity is not measured
 BUSY = 0.15  # of the CPUs' time
 UNMEASURED = {"decode": None, "prefill": None}  # null in the results of an engine that fails, beside the error
@@ -173,10 +174,13 @@ def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, a
                 print(f"{engine.row['warm_s']:.1f} s warm, {engine.row['peak_mb']:,} MB", flush=True)
             except Failed as error:
                 engine.fail(error)
-        for number in range(-1, args.rounds):  # the first is not timed
+        decode, prefill = requests["decode"], requests["prefill"]
+        warm_up = {"decode": decode | {"new_tokens": WARM_UP_TOKENS}, "prefill": prefill}
+        for number in range(-1, args.rounds):
             for engine in engines:
                 if "error" not in engine.row:
-                    measure_round(engine, workers[engine.home], requests, expected, timed=number >= 0)
+                    asked = requests if number >= 0 else warm_up
+                    measure_round(engine, workers[engine.home], asked, expected, timed=number >= 0)
         if args.busy_core:
             with spinning():
                 for engine in engines:

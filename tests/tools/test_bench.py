@@ -85,9 +85,9 @@ def test_every_engine_is_measured_beside_the_peer(checkout, add_engine, run):
 def test_rounds_interleave_the_engines_after_a_cold_and_warm_starts(checkout, run):
     run()
     calls = [line.split() for line in (checkout / "calls").read_text(encoding="utf-8").splitlines()]
-    starts = (1 + bench.WARM_STARTS) * [["16", "1"]]
+    starts, warm_up = (1 + bench.WARM_STARTS) * [["16", "1"]], [["16", "2"], ["128", "1"]]
     names = ["peer-referee", "alpha", "beta"]
-    assert [call[2:] for call in calls if call[0] == "alpha"] == starts + 3 * [["16", "64"], ["128", "1"]]
+    assert [call[2:] for call in calls if call[0] == "alpha"] == [*starts, *warm_up, *2 * [["16", "64"], ["128", "1"]]]
     first = len(names) * len(starts)
     assert [call[0] for call in calls[first:]] == 3 * [name for name in names for _ in range(2)]
 
