@@ -1,5 +1,6 @@
 """checkpoint.py and files.py alone: which steps are kept and moved aside, and that a file is replaced atomically."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -148,6 +149,23 @@ def test_a_flipped_bit_in_any_file_of_a_step_is_damage(out_dir, tmp_path):
                 read()
         assert restore(Checkpoints.resume(copy)) == (1, [[1] * 3] * 2), file
         assert steps_in(copy / "checkpoints.damaged") == [2]
+
+
+def test_a_file_that_the_disk_cannot_read_is_damage_and_one_without_permission_is_not(out_dir, monkeypatch):
+    save(Checkpoints.start(out_dir), {1: 1.0, 2: 2.0})
+    checksum, number = checkpoint.checksum, errno.EACCES
+
+    def fail(path):
+        if {"2", "params"} <= {*path.relative_to(out_dir).parts}:
+            raise OSError(number, "planted")
+        return checksum(path)
+
+    monkeypatch.setattr(checkpoint, "checksum", fail)
+    with pytest.raises(OSError, match="planted"):
+        restore(Checkpoints(out_dir))
+    number = errno.EIO
+    with pytest.raises(CheckpointError, match="iteration 2 in .* is damaged .*cannot be read"):
+        restore(Checkpoints(out_dir))
 
 
 def test_a_checksum_is_of_what_is_beyond_the_first_megabyte_too(tmp_path):

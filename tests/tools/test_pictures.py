@@ -39,6 +39,15 @@ def test_a_long_line_is_wrapped_without_its_comment():
         "        values.scatter(2, index, v)",
     ]
     assert pictures.wrap("x = 1  # B") == ["x = 1  # B"]
+    assert pictures.wrap("x" * 100) == ["x" * 100]  # there is no space
+
+
+def test_the_timeline_is_of_the_projects_that_were_measured():
+    document = json.loads((tables.FIGURES / "bench.json").read_text(encoding="utf-8"))
+    null = {"decode": None, "prefill": None}
+    failed = [row | null if row["name"] == "qaic_gpt2" else row for row in document["rows"]]
+    drawn = pictures.draw_timeline(document | {"rows": failed})
+    assert "neuron_nanogpt" in drawn and "qaic_gpt2" not in drawn
 
 
 def test_a_bar_is_filled_up_to_what_was_measured():
