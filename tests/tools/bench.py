@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -83,28 +83,22 @@ def run_python(root: Path, home: Path, python: Path, code: str, *words) -> str:
 # -- which engines
 
 
-def environment_name(name: str) -> str:
-    return f"peer-{name}" if name in PEERS else env_of(name)
-
-
-def make_environments(root: Path, names: list[str]) -> None:
-    """Two at a time. find_engines says of one that cannot be made why."""
+def make_environments(root: Path, names: list[str]) -> dict[str, Future[Path]]:
+    """Of each name its environment's python, or why it cannot be made. Two at a time."""
+    environments = {name: f"peer-{name}" if name in PEERS else env_of(name) for name in names}
     with ThreadPoolExecutor(2) as pool:
-        made = [pool.submit(make_environment, root, environment_name(name)) for name in names]
-    for result in made:
-        if not isinstance(error := result.exception(), Failed | None):
-            raise error
+        return {name: pool.submit(make_environment, root, env) for name, env in environments.items()}
 
 
-def find_engines(root: Path, scratch: Path, model: str, folder: Path, names: list[str]) -> tuple[list, list]:
+def find_engines(root: Path, scratch: Path, model: str, folder: Path, pythons: dict) -> tuple[list, list]:
     """An Engine for each dtype of each name, and a row for each name that cannot run here."""
     engines, failed = [], []
-    for name in names:
+    for name, made in pythons.items():
         ours = name not in PEERS
         module = f"{name}.bench" if ours else f"tests.tools.peers.{name}"
         home = scratch / model / name
         try:
-            python = make_environment(root, environment_name(name))
+            python = made.result()
             code = f"import json; from {module} import DTYPES; print(json.dumps(DTYPES))"
             widths = json.loads(last_line(run_python(root, home, python, code).splitlines()))
             own = folder if ours or name == REFEREE else convert(root, home, python, module, folder)
@@ -281,13 +275,13 @@ def perplexity(engine: Engine, root: Path, windows: list[list[int]]) -> None:
 # -- all of it
 
 
-def measure_model(root: Path, scratch: Path, model: str, names: list[str], args) -> list[dict]:
+def measure_model(root: Path, scratch: Path, model: str, pythons: dict, args) -> list[dict]:
     folder = NANO
     if model != "gpt2-nano":
         write_random(folder := scratch / f"{model}-random", model)
         for name in "vocab.json", "merges.txt":  # to calibrate int4-awq on some tokens
             shutil.copy(NANO / name, folder)
-    engines, rows = find_engines(root, scratch, model, folder, names)
+    engines, rows = find_engines(root, scratch, model, folder, pythons)
     requests, expected = prompts(folder), {}
     for width in dict.fromkeys(engine.width for engine in engines):
         group = [engine for engine in engines if engine.width == width]
@@ -331,7 +325,7 @@ def main(root: Path, argv: list[str] | None = None) -> int:
         parser.error(f"--only must be of {', '.join(names)}, training, got {', '.join(sorted(unknown))}")
     if args.only:
         names = [REFEREE, *(name for name in (*PEERS[1:], *projects(root)) if name in args.only)]
-    make_environments(root, names)
+    pythons = make_environments(root, names)
     used = machine.share_used()
     if used > BUSY and not args.busy:
         parser.error(f"other work uses {used:.0%} of the CPUs: wait for it, or give --busy")
@@ -342,7 +336,7 @@ def main(root: Path, argv: list[str] | None = None) -> int:
     document = {"machine": here, "rows": [], "training": []}
     with tempfile.TemporaryDirectory() as scratch:
         for model in args.models:
-            document["rows"] += measure_model(root, Path(scratch), model, names, args)
+            document["rows"] += measure_model(root, Path(scratch), model, pythons, args)
             tables.write(args.to, document)
         if args.peers and not args.only or "training" in (args.only or ()):
             document["training"] = training.measure(root, Path(scratch), args.rounds)
