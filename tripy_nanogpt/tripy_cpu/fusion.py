@@ -10,6 +10,7 @@ import math
 import torch
 
 from .kernels import Node
+from .weights import storage
 
 GELU_SCALE = math.sqrt(2 / math.pi)
 CUBE = ("binary.Mul", ("binary.Mul", "x", "x"), "x")
@@ -19,7 +20,8 @@ SCORES = ("binary.Mul", ("matmul.MatrixMultiply", "q", ("permute.Permute", "k"))
 ATTENTION = ("matmul.MatrixMultiply", ("softmax.Softmax", ("where.Where", "visible", SCORES, -math.inf)), "v")
 ATTRIBUTES = {"permute.Permute": {"permutation": [0, 1, 3, 2]}, "softmax.Softmax": {"dim": 3}}
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}  # of a constant, by rounding
-LINEAR = ("binary.Add", ("matmul.MatrixMultiply", "x", "weight"), "bias")
+LINEAR = ("binary.Add", ("fused.Linear", "x", "weight"), "bias")
+VIEWS = ("reshape.Reshape", "broadcast.Broadcast", "permute.Permute", "slice.Slice")
 
 
 class Fusion:
@@ -52,9 +54,7 @@ class Fusion:
         if not self.match(node.output, LINEAR, found):
             return []
         weight, bias = self.constants.get(found["weight"]), self.constants.get(found["bias"])
-        if not callable(weight) or not isinstance(bias, torch.Tensor) or list(bias.shape[-1:]) != [bias.numel()]:
-            return []
-        if bias.numel() != weight.outputs:
+        if not isinstance(bias, torch.Tensor) or not bias.shape[-1:].numel() == bias.numel() == weight.outputs:
             return []
         vector = f"{found['bias']} as vector"
         self.constants[vector] = bias.flatten()
@@ -66,7 +66,7 @@ class Fusion:
             return []
         linear = self.producers.get(found["x"])
         if linear and linear.op == "fused.Linear" and found["x"] not in self.outputs:
-            return [Node("fused.Linear", {"gelu": True}, linear.inputs, node.output)]
+            return [linear._replace(attrs={"gelu": True}, output=node.output)]
         return [Node("fused.Gelu", {}, [found["x"]], node.output)]
 
     def attention(self, node):
@@ -79,7 +79,7 @@ class Fusion:
         return [*before, Node("fused.Attention", {"scale": scale}, names, node.output)]
 
 
-def fuse(nodes, constants, outputs):
+def fuse(nodes, constants, outputs, shapes):
     """The nodes that are left; outputs: names."""
     nodes = merge_equal(nodes, constants, outputs)
     fusion, fused = Fusion(nodes, constants, outputs), []
@@ -87,7 +87,22 @@ def fuse(nodes, constants, outputs):
         for each in fusion.linear(node) or fusion.gelu(node) or fusion.attention(node) or [node]:
             fused.append(each)
             fusion.producers[each.output] = each
-    return remove_unused(fused, outputs)
+    return remove_unused([*merge_views(fused, constants, shapes)], outputs)
+
+
+def merge_views(nodes, constants, shapes):
+    """With each view, of whatever views, as one of the tensor that has the memory, if its shape is known."""
+    views = {}
+    for node in nodes:
+        name, *rest = node.inputs
+        if node.op in VIEWS and name in shapes and all(each in constants for each in rest):
+            base, meta = views.get(name) or (name, torch.empty(shapes[name].shape, device="meta"))
+            view = node(meta, *(constants[each] for each in rest))
+            if storage(view) == storage(meta):
+                views[node.output] = base, view
+                attrs = {"size": list(view.shape), "stride": list(view.stride()), "offset": view.storage_offset()}
+                node = Node("fused.View", attrs, [base], node.output)
+        yield node
 
 
 def merge_equal(nodes, constants, outputs):

@@ -59,7 +59,7 @@ def product(x: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
 
 
 def layer_norm(op, x, weight, bias):
-    shape = x.shape[x.ndim - len(op["normalized_shape"]) :]
+    shape = op["normalized_shape"]
     return torch.layer_norm(x, shape, weight.reshape(shape), bias.reshape(shape), op["eps"])
 
 
@@ -85,6 +85,11 @@ def slice_(op, x, start, size, stride):
         else:  # backwards or empty, which torch's views cannot be; or out of range, which index_select reports
             x = x.index_select(dim, first + step * torch.arange(count))
     return x
+
+
+def gather(op, x, index):
+    shape = x.shape[: op["dim"]] + index.shape + x.shape[op["dim"] + 1 :]
+    return x.index_select(op["dim"], index.flatten()).view(shape)
 
 
 def spread(scale, x, dim):
@@ -121,12 +126,18 @@ def attention(op, q, k, v, visible, extent):
     return F.scaled_dot_product_attention(q, k, v, is_causal=extent < 0, scale=op["scale"]).to(dtype)
 
 
+def view(op, x):
+    x = x.contiguous()
+    return x.as_strided(op["size"], op["stride"], x.storage_offset() + op["offset"])
+
+
 KERNELS = {
     "fused.Attention": attention,
     "fused.Extent": extent,
     "fused.Gelu": lambda op, x: F.gelu(x, approximate="tanh"),
-    "fused.Linear": lambda op, x, weight, bias: weight(x, bias, op["gelu"]),
+    "fused.Linear": lambda op, x, weight, bias=None: weight.product(x, bias, op["gelu"]),
     "fused.Slots": lambda op, condition: condition.flatten().nonzero().flatten(),
+    "fused.View": view,
     "binary.Div": lambda op, a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc"),
     "binary.FloorDiv": wide(lambda op, a, b: torch.div(a, b, rounding_mode="floor")),
     "binary.Pow": wide(plain(torch.pow)),
@@ -141,7 +152,7 @@ KERNELS = {
     "cast.Cast": lambda op, x: x.to(DTYPES[op["dtype"]]),
     "concatenate.Concatenate": lambda op, *xs: torch.cat(xs, op["dim"]),
     "dequantize.Dequantize": lambda op, x, s: (x.float() * spread(s, x, op["dim"])).to(DTYPES[op["dtype"]]),
-    "gather.Gather": lambda op, x, index: x[(slice(None),) * op["dim"] + (index[None],)].squeeze(op["dim"]),
+    "gather.Gather": gather,
     "layernorm.LayerNorm": wide(layer_norm),
     "linspace.Linspace": linspace,
     "matmul.MatrixMultiply": wide(plain(torch.matmul)),

@@ -40,28 +40,27 @@ class Program:
         weights = [value for value in constants.values() if isinstance(value, Weight)]
         self.unprepared = sorted(weights, key=lambda weight: weight.size)  # the largest while there is most room
         self.caches = {node.inputs[2] for node in nodes if "written" in node.attrs}
-        self.steps, self.fixed, needed = [], constants.copy(), {name for name, _ in outputs}
-        for node in reversed(nodes):
-            function, names = self.bind(node)
-            self.steps.insert(0, (function, names, node.output, {*names, node.output} - needed))  # no longer needed
-            needed.update(names)
-        defined = {*self.fixed, *(name for name, *_ in inputs), *(node.output for node in nodes)}
-        if missing := needed - defined:
+        names = [name for name, *_ in inputs] + [node.output for node in nodes] + [*constants]
+        self.places = {name: i for i, name in enumerate(names)}  # of each tensor in what run() computes
+        self.fixed = [None] * (len(names) - len(constants)) + [*constants.values()]
+        needed = {name for name, _ in outputs}.union(*(node.inputs for node in nodes))
+        if missing := needed - {*names}:
             raise ValueError(f"{', '.join(missing)} must be an input, a constant or an output of a node")
+        self.steps, needed = [], {self.places[name] for name, _ in outputs} | {*range(len(names) - len(constants), len(names))}
+        for node in reversed(nodes):
+            function = self.bind(node)
+            sources, target = [self.places[name] for name in node.inputs], self.places[node.output]
+            self.steps.insert(0, (function, sources, target, [*{*sources, target} - needed]))  # no longer needed
+            needed.update(sources)
 
     def bind(self, node):
-        """(function, names of its inputs): the product with a weight, a write into a cache, or the kernel."""
+        """(function, names of its inputs): a write into a cache, or the kernel."""
         kernel = partial(KERNELS[node.op], node.attrs)  # load() reports the KeyError of an unknown operation
-        names, shapes = node.inputs, SHAPES.get(node.op, ())
-        if callable(weight := self.constants.get(names[-1])):
-            return weight, names[:1]
         if "written" in node.attrs:
-            return partial(write, node.attrs["written"]), names
-        if not all(name in self.constants for p, name in enumerate(names) if p in shapes):
-            return node, names
-        lists = {p: f"{name} as list" for p, name in enumerate(names) if p in shapes}
-        self.fixed |= {new: self.constants[names[p]].flatten().tolist() for p, new in lists.items()}
-        return kernel, [lists.get(p, name) for p, name in enumerate(names)]
+            return partial(write, node.attrs["written"])
+        if node.op in SHAPES:
+            return node
+        return kernel
 
     # the methods of TensorRT's executable and session that nvtripy's Executable calls
 
@@ -78,6 +77,8 @@ class Program:
         for memref, (_, dtype, low, high) in zip(in_args, self.inputs, strict=True):
             if memref.dtype.value != dtype:
                 raise MTRTException(f"function expects a memref type with element type {dtype}")
+            if memref.shape == low == high:
+                continue
             bounds = zip(low, memref.shape, high, strict=False)
             if len(memref.shape) != len(low) or not all(least <= size <= most for least, size, most in bounds):
                 raise MTRTException(f"Runtime shape mismatch: {memref.shape} is not within {low} and {high}")
@@ -94,21 +95,23 @@ class Program:
     def run(self, versions):
         values, taken, caches = self.fixed.copy(), self.owned.copy(), []
         for (name, *_), version in zip(self.inputs, versions, strict=True):
-            values[name] = version.read()
-            taken.add(storage(values[name]))
+            value = version.read()
+            taken.add(storage(value))
             if name in self.caches:
                 alone = versions.count(version) == 1 and not version.shared
-                values[name] = version if alone else Version(values[name].clone())
-                caches.append(values[name])
-        for function, names, output, dead in self.steps:
-            values[output] = function(*[values[name] for name in names])
-            for name in dead:
-                del values[name]
+                value = version if alone else Version(value.clone())
+                caches.append(value)
+            values[self.places[name]] = value
+        for function, sources, target, dead in self.steps:
+            values[target] = function(*[values[i] for i in sources])
+            for i in dead:
+                values[i] = None
         newer = {id(cache.newer.tensor): cache.newer for cache in caches}
         taken.update(storage(version.tensor) for version in newer.values())
         results = []
         for name, _ in self.outputs:  # each in its own memory
-            value = newer.pop(id(values[name]), values[name])
+            value = values[self.places[name]]
+            value = newer.pop(id(value), value)
             if isinstance(value, torch.Tensor):
                 if storage(value) in taken or not value.is_contiguous():
                     value = value.clone(memory_format=torch.contiguous_format)
@@ -140,7 +143,7 @@ def lower(trace):
         except ERRORS as error:
             raise_with_users_line(trace, op, error)
     outputs = [(output.name, output.dtype.name) for output in trace.outputs]
-    nodes = fuse(nodes, constants, {name for name, _ in outputs})
+    nodes = fuse(nodes, constants, {name for name, _ in outputs}, shapes)
     used = {name for node in nodes for name in node.inputs} | {name for name, _ in outputs}
     constants |= {name: dense(constants[name]) for name, _ in outputs if name in constants}
     constants = {name: value for name, value in constants.items() if name in used}
@@ -200,7 +203,7 @@ def specialize(node, ranks, constants, shapes, caches):
     values = [constants.get(name) for name in node.inputs]
     is_product = node.op == "matmul.MatrixMultiply" and values[1] is not None and ranks[0] >= ranks[1]
     if weight := weight_of(values[1]) if is_product else None:
-        node.inputs[1] += " as weight"
+        node = Node("fused.Linear", {"gelu": False}, [node.inputs[0], f"{node.inputs[1]} as weight"], node.output)
         if node.inputs[1] not in constants:
             constants[node.inputs[1]] = Weight.bake(*weight)
     else:

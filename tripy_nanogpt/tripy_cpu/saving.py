@@ -23,7 +23,7 @@ from .kernels import DTYPES, Node
 from .program import ERRORS, Program
 from .weights import CHOICES, LARGE, Weight, digest, share
 
-FORMAT = "tripy_cpu 5"
+FORMAT = "tripy_cpu 6"
 ATTRIBUTES = ("_arg_names", "_return_single_tensor_as_sequence", "input_infos", "_access_plan_by_name")
 ALIGNMENT = 64  # bytes, of a tensor in the file of large constants
 

@@ -71,18 +71,20 @@ def finish(y, bias, gelu):
 
 
 class Plain:
-    """float32 as it is. MKL multiplies one row on one thread: here the threads share the inputs, in parts."""
+    """float32 as it is: one row by MKL, which uses one thread for it unless the inputs come in parts; more by oneDNN."""
 
     def __init__(self, weight):  # [in, out]
-        self.weight = weight
         threads = 1 << (torch.get_num_threads() - 1).bit_length()
-        self.parts = weight.unflatten(0, (math.gcd(len(weight), max(8, threads)), -1))
+        count = math.gcd(len(weight), max(8, threads))
+        self.transposed, self.parts, self.ones = weight.t(), weight.unflatten(0, (count, -1)), torch.ones(count)
 
     def __call__(self, x, bias=None, gelu=False):
         if x.numel() > x.shape[-1]:
-            return finish(x @ self.weight, bias, gelu)
-        y = torch.bmm(x.reshape(len(self.parts), 1, -1), self.parts).sum(0)
-        return finish(y.reshape(*x.shape[:-1], -1), bias, gelu)
+            name, variant = ("gelu", "tanh") if gelu else ("none", "")
+            return torch.ops.mkldnn._linear_pointwise(x, self.transposed, bias, name, [], variant)
+        y = torch.bmm(x.view(len(self.ones), 1, -1), self.parts)
+        y = y.sum(0) if bias is None else torch.addmv(bias, y[:, 0].t(), self.ones)
+        return finish(y.view(*x.shape[:-1], -1), None, gelu)
 
 
 class Float16:
@@ -109,6 +111,9 @@ class Dense:
         return finish(F.linear(x.float(), self.weight.float()).to(x.dtype), bias, gelu)
 
 
+STEPS = torch.tensor([[1 / 63], [1 / 63 / 126]])
+
+
 class Int8:
     """int8 with one scale per row, in FBGEMM's layout.
 
@@ -125,13 +130,12 @@ class Int8:
         self.linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
-        flat = x.flatten(end_dim=-2).float()
-        step = (torch.linalg.vector_norm(flat, torch.inf, 1, True) / 63).clamp_min(1e-30)  # of each row
-        scaled = flat / step
-        coarse = scaled.round()
-        y = self.linear(torch.cat([coarse, (scaled - coarse) * 126]), 1.0, 64, self.packed)
-        y = torch.add(y[: len(flat)], y[len(flat) :], alpha=1 / 126) * step
-        return finish(y.to(x.dtype).unflatten(0, x.shape[:-1]), bias, gelu)
+        rows = x.reshape(-1, 1, x.shape[-1]).float()
+        steps = torch.linalg.vector_norm(rows, torch.inf, 2, True).clamp_min(1e-30) * STEPS  # [rows, 2, 1]
+        parts = rows / steps
+        parts[:, 1].sub_(parts[:, 0].round_(), alpha=126)
+        y = self.linear(parts.view(-1, x.shape[-1]), 1.0, 64, self.packed).view(len(rows), 2, -1)
+        return finish(torch.bmm(steps.mT, y).to(x.dtype).view(*x.shape[:-1], -1), bias, gelu)
 
 
 class Int4:
@@ -143,9 +147,9 @@ class Int4:
         self.scales = torch.stack((scale, torch.zeros_like(scale)), -1).bfloat16()
 
     def __call__(self, x, bias=None, gelu=False):
-        flat = x.flatten(end_dim=-2).bfloat16()
-        y = torch._weight_int4pack_mm_for_cpu(flat, self.q, self.block, self.scales)
-        return finish(y.to(x.dtype).unflatten(0, x.shape[:-1]), bias, gelu)
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.q, self.block, self.scales)
+        return finish(y.to(x.dtype).view(*x.shape[:-1], -1), bias, gelu)
 
 
 # -- which product
@@ -228,7 +232,7 @@ CHOICES = {"Float": product_of_float, "Int8": product_of_int8, "Int4": product_o
 
 
 class Weight:
-    """x -> x @ weight, with a bias and GELU if they are given."""
+    """x -> x @ weight, with a bias and GELU if they are given: this is what product computes, once prepared."""
 
     def __init__(self, kind, tensors, shapes):
         """tensors() -> the plain tensors, which have these shapes."""
@@ -246,9 +250,6 @@ class Weight:
         if self.product is None:
             self.product = CHOICES[self.kind](*self.tensors())
         return self
-
-    def __call__(self, x, bias=None, gelu=False):
-        return self.product(x, bias, gelu)
 
 
 class Folded:
