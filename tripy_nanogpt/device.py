@@ -29,13 +29,13 @@ def describe_cpu(name, fast):
     if name == "gpu":
         raise ValueError("--device must be auto or cpu without TensorRT, got gpu: pip install -r requirements.txt")
     weights = tripy_cpu.weights
-    weights.FAST = fast and (weights.has_float16() or all(map(weights.has_low_bits, weights.PRODUCTS)))
+    weights.FAST = fast and (weights.computes("Float16") or weights.computes("Int8") and weights.computes("Int4"))
     words = f"cpu: {tripy_cpu.ENGINE}"
     if fast:
         words += f", quantized weights multiplied in {'low precision' if weights.FAST else NO_KERNEL}"
-    if not weights.has_half_product(torch.bfloat16):
+    if not weights.computes(torch.bfloat16):
         words += f", bfloat16 multiplied in {NO_KERNEL}"
-    if not weights.has_float16():
+    if not weights.computes("Float16"):
         words += f", float16 multiplied in {NO_KERNEL}"
     return words
 

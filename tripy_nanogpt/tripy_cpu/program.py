@@ -4,13 +4,14 @@
     -------------------------------------  -----------------------------------  --------------------------------------
     %1 = shape(x)                          fold: the shape of x is known        a constant, which nothing may need
     %2 = permute(%weight)                  fold: all its inputs are constants   a constant: a view of %weight
-    %3 = matrix_multiply(x, %2)            specialize: %2 is a large matrix     Weight: x -> x @ %2, in weights.py
+    %3 = matrix_multiply(x, %2)            with_weight: %2 is a large matrix    Weight: x -> x @ %2, in weights.py
     %4 = add(%3, %bias)                    fuse: Linear, in fusion.py           | one step:
     %5 = mul(0.5, %4), ... tanh(...)       fuse: Gelu                           | gelu(x @ %2 + %bias)
     %6 = where(slots == position, k, %c)   specialize: one slot of an input     write(k into %c), in place
     %7 = softmax(where(mask, q @ k, -inf)) fuse: Attention                      PyTorch's fused attention
 
-Program.run() then calls one function after another, each with tensors by name, and drops a tensor after its last use.
+Program.run() then calls one function after another, each with the tensors at its places, and drops a tensor after its
+last use.
 """
 
 import json
@@ -26,9 +27,8 @@ from nvtripy.trace.ops.constant import Constant
 from .fusion import fuse
 from .kernels import DTYPES, KERNELS, SHAPES, Node
 from .runtime import MemRefValue, MTRTException, PointerType, ScalarTypeCode, Version, write
-from .weights import Folded, Weight, clone, storage, weight_of
+from .weights import Weight, clone, quantized_weight, storage, weight_of
 
-VIEWS = ("reshape.Reshape", "broadcast.Broadcast", "permute.Permute")
 ERRORS = (RuntimeError, IndexError, ValueError)
 
 
@@ -39,28 +39,17 @@ class Program:
         self.owned = {storage(value) for value in constants.values() if isinstance(value, torch.Tensor)}
         weights = [value for value in constants.values() if isinstance(value, Weight)]
         self.unprepared = sorted(weights, key=lambda weight: weight.size)  # the largest while there is most room
-        self.caches = {node.inputs[2] for node in nodes if "written" in node.attrs}
-        names = [name for name, *_ in inputs] + [node.output for node in nodes] + [*constants]
-        self.places = {name: i for i, name in enumerate(names)}  # of each tensor in what run() computes
+        names = [*(name for name, *_ in inputs), *(node.output for node in nodes), *constants]
+        places = {name: place for place, name in enumerate(names)}  # of each tensor while it runs; inputs are first
         self.fixed = [None] * (len(names) - len(constants)) + [*constants.values()]
-        needed = {name for name, _ in outputs}.union(*(node.inputs for node in nodes))
-        if missing := needed - {*names}:
-            raise ValueError(f"{', '.join(missing)} must be an input, a constant or an output of a node")
-        self.steps, needed = [], {self.places[name] for name, _ in outputs} | {*range(len(names) - len(constants), len(names))}
+        self.results = [places[name] for name, _ in outputs]  # load() reports the KeyError of an unknown name
+        self.caches = {places[node.inputs[2]] for node in nodes if "written" in node.attrs}
+        self.steps, needed = [], {*self.results, *map(places.get, constants)}
         for node in reversed(nodes):
-            function = self.bind(node)
-            sources, target = [self.places[name] for name in node.inputs], self.places[node.output]
-            self.steps.insert(0, (function, sources, target, [*{*sources, target} - needed]))  # no longer needed
+            sources, target = [places[name] for name in node.inputs], places[node.output]
+            dead = [*{*sources, target} - needed]  # no longer needed
+            self.steps.insert(0, (bind(node), sources, target, dead))
             needed.update(sources)
-
-    def bind(self, node):
-        """(function, names of its inputs): a write into a cache, or the kernel."""
-        kernel = partial(KERNELS[node.op], node.attrs)  # load() reports the KeyError of an unknown operation
-        if "written" in node.attrs:
-            return partial(write, node.attrs["written"])
-        if node.op in SHAPES:
-            return node
-        return kernel
 
     # the methods of TensorRT's executable and session that nvtripy's Executable calls
 
@@ -94,24 +83,22 @@ class Program:
 
     def run(self, versions):
         values, taken, caches = self.fixed.copy(), self.owned.copy(), []
-        for (name, *_), version in zip(self.inputs, versions, strict=True):
-            value = version.read()
-            taken.add(storage(value))
-            if name in self.caches:
+        for place, version in enumerate(versions):
+            values[place] = version.read()
+            taken.add(storage(values[place]))
+            if place in self.caches:
                 alone = versions.count(version) == 1 and not version.shared
-                value = version if alone else Version(value.clone())
-                caches.append(value)
-            values[self.places[name]] = value
+                values[place] = version if alone else Version(values[place].clone())
+                caches.append(values[place])
         for function, sources, target, dead in self.steps:
-            values[target] = function(*[values[i] for i in sources])
-            for i in dead:
-                values[i] = None
+            values[target] = function(*[values[place] for place in sources])
+            for place in dead:
+                values[place] = None
         newer = {id(cache.newer.tensor): cache.newer for cache in caches}
         taken.update(storage(version.tensor) for version in newer.values())
         results = []
-        for name, _ in self.outputs:  # each in its own memory
-            value = values[self.places[name]]
-            value = newer.pop(id(value), value)
+        for place in self.results:  # each in its own memory
+            value = newer.pop(id(values[place]), values[place])
             if isinstance(value, torch.Tensor):
                 if storage(value) in taken or not value.is_contiguous():
                     value = value.clone(memory_format=torch.contiguous_format)
@@ -120,9 +107,17 @@ class Program:
         return results
 
 
+def bind(node):
+    """The function of a step."""
+    kernel = partial(KERNELS[node.op], node.attrs)  # load() reports the KeyError of an unknown operation
+    if "written" in node.attrs:
+        return partial(write, node.attrs["written"])
+    return node if node.op in SHAPES else kernel
+
+
 def lower(trace):
     """nvtripy's Trace as a Program."""
-    inputs, nodes, constants, shapes = [], [], {}, {}
+    inputs, nodes, constants, shapes, quantized = [], [], {}, {}, {}
     uses = Counter(tensor.name for part in (*(op.inputs for op in trace.ops), trace.outputs) for tensor in part)
     for tensor in trace.inputs:
         bounds = getattr((trace.input_infos or {}).get(tensor.name), "shape_bounds", None)
@@ -138,14 +133,15 @@ def lower(trace):
             continue
         try:
             node = as_node(op)
-            if not fold(node, constants, shapes):
-                nodes += specialize(node, [tensor.rank for tensor in op.inputs], constants, shapes, caches)
+            if not fold(node, constants, shapes, quantized):
+                if node.op == "matmul.MatrixMultiply" and op.inputs[0].rank >= op.inputs[1].rank:
+                    node = with_weight(node, constants, quantized)
+                nodes += specialize(node, constants, shapes, caches)
         except ERRORS as error:
             raise_with_users_line(trace, op, error)
     outputs = [(output.name, output.dtype.name) for output in trace.outputs]
     nodes = fuse(nodes, constants, {name for name, _ in outputs}, shapes)
     used = {name for node in nodes for name in node.inputs} | {name for name, _ in outputs}
-    constants |= {name: dense(constants[name]) for name, _ in outputs if name in constants}
     constants = {name: value for name, value in constants.items() if name in used}
     constants |= {name: clone(value) for name, value in constants.items() if isinstance(value, torch.Tensor)}
     return Program(inputs, nodes, outputs, constants)
@@ -169,27 +165,20 @@ def as_node(op):
     return Node(name, attrs, [tensor.name for tensor in op.inputs], op.outputs[0].name)
 
 
-def dense(value):
-    return value.dense() if isinstance(value, Folded) else value
-
-
 def as_json(value):
     return value.name if hasattr(value, "name") and value.name in DTYPES else int(value)
 
 
-def fold(node, constants, shapes):
+def fold(node, constants, shapes, quantized):
     """Whether a node's results depend only on what is known: then they become constants."""
     values = [constants.get(name) for name in node.inputs]
     if node.op == "shape.Shape" and node.inputs[0] in shapes:
         values = [shapes[node.inputs[0]]]
     if any(value is None for value in values):
         return False
-    quantized = None
-    if isinstance(values[0], Folded) and node.op in VIEWS:
-        quantized = values[0].view(node(values[0].meta, *values[1:]))
-    elif node.op == "dequantize.Dequantize":
-        quantized = Folded.of(node.attrs, *values)
-    constants[node.output] = quantized or node(*map(dense, values))
+    constants[node.output] = node(*values)
+    if node.op == "dequantize.Dequantize" and (weight := quantized_weight(node.attrs, *values)):
+        quantized[storage(constants[node.output])] = weight
     return True
 
 
@@ -198,25 +187,30 @@ def zeros(shape, dtype):
     return torch.zeros((), dtype=dtype).expand(tuple(shape))
 
 
-def specialize(node, ranks, constants, shapes, caches):
-    """The nodes that compute this one; infers the shapes of its results if those of its inputs are known."""
-    values = [constants.get(name) for name in node.inputs]
-    is_product = node.op == "matmul.MatrixMultiply" and values[1] is not None and ranks[0] >= ranks[1]
-    if weight := weight_of(values[1]) if is_product else None:
-        node = Node("fused.Linear", {"gelu": False}, [node.inputs[0], f"{node.inputs[1]} as weight"], node.output)
-        if node.inputs[1] not in constants:
-            constants[node.inputs[1]] = Weight.bake(*weight)
-    else:
-        constants |= {name: dense(constants[name]) for name in node.inputs if name in constants}
+def with_weight(node, constants, quantized):
+    """A product, or fused.Linear if it is one with a weight."""
+    name, matrix = node.inputs
+    weight = matrix in constants and weight_of(constants[matrix], quantized)
+    if not weight:
+        return node
+    key = f"{matrix} as weight"
+    if key not in constants:
+        constants[key] = Weight.bake(*weight)
+    return Node("fused.Linear", {"gelu": False}, [name, key], node.output)
+
+
+def specialize(node, constants, shapes, caches):
+    """The nodes that compute this one; infers the shape of its result if those of its inputs are known."""
     lists, known = SHAPES.get(node.op, ()), []
-    for p, (name, value) in enumerate(zip(node.inputs, values, strict=True)):
-        view = getattr(value, "meta", value)
-        like = shapes.get(name) if value is None else zeros(view.shape, view.dtype)
-        known.append(value if p in lists else like)
+    for p, name in enumerate(node.inputs):
+        value = constants.get(name)
+        if isinstance(value, torch.Tensor) and p not in lists:
+            value = zeros(value.shape, value.dtype)
+        known.append(shapes.get(name) if value is None and p not in lists else value)
     if any(each is None for each in known):
         return [node]
-    if weight:
-        result = zeros((*known[0].shape[:-1], known[1].shape[-1]), known[0].dtype)
+    if node.op == "fused.Linear":
+        result = zeros((*known[0].shape[:-1], known[1].outputs), known[0].dtype)
     else:
         if "Div" in node.op:
             known[1] = known[1] + 1

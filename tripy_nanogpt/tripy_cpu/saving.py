@@ -32,15 +32,15 @@ def save(executable, path):
     """The program, and next to it a file of large constants, which is named by its content: programs may share it."""
     program, small, large, constants = executable._executable, {}, {}, {}
     for name, value in program.constants.items():
-        is_weight, keys = isinstance(value, Weight), []
-        for i, (dtype, shape, key) in enumerate(digests(value)):
-            part = partial(part_of, value, i)
-            if math.prod(shape) < LARGE:
-                small[key] = part()
+        parts = value.tensors() if isinstance(value, Weight) else [value]
+        if not hasattr(value, "digests"):  # the parts do not change
+            value.digests = [*map(digest, parts)]
+        for part, (dtype, shape, key) in zip(parts, value.digests, strict=True):
+            if part.numel() < LARGE:
+                small[key] = part.contiguous()
             else:
                 large[key] = dtype, shape, part
-            keys.append(key)
-        constants[name] = [value.kind if is_weight else "Tensor", keys]
+        constants[name] = [getattr(value, "kind", "Tensor"), [key for *_, key in value.digests]]
     weights, places = write_weights(Path(path).parent, large)
     about = {
         "format": FORMAT,
@@ -49,21 +49,6 @@ def save(executable, path):
         "executable": to_json({name.lstrip("_"): getattr(executable, name) for name in ATTRIBUTES}),
     }
     save_file(safetensors.torch.save(small, {"tripy_cpu": json.dumps(about)}), path)
-
-
-def digests(value):
-    """Of the plain tensors of a constant, which do not change."""
-    if not hasattr(value, "digests"):
-        value.digests = [digest(tensor) for tensor in parts_of(value)]
-    return value.digests
-
-
-def parts_of(value):
-    return value.tensors() if isinstance(value, Weight) else [value]
-
-
-def part_of(value, i):
-    return parts_of(value)[i].contiguous()
 
 
 def write_weights(folder, large):
@@ -80,7 +65,7 @@ def write_weights(folder, large):
             with part.open("wb") as file:
                 for key, (*_, start) in places.items():
                     file.seek(start)
-                    file.write(large[key][2]().flatten().view(torch.uint8).numpy())
+                    file.write(large[key][2].flatten().view(torch.uint8).numpy())
                 file.truncate(offset)
             os.replace(part, path)
         finally:

@@ -9,7 +9,6 @@ import math
 import time
 import warnings
 import weakref
-from copy import copy
 from functools import cache
 
 import torch
@@ -49,17 +48,33 @@ def clone(tensor):
     return tensor if tensor.numel() < LARGE else share(("Tensor", digest(tensor)[2]), lambda: tensor)
 
 
-def weight_of(value):
-    """(kind, its plain tensors) of `x -> x @ value` if value is one large matrix, else None."""
-    view = value.meta if isinstance(value, Folded) else value
-    if view.ndim < 2 or not view.is_floating_point() or view.numel() < LARGE:
+def weight_of(value, quantized):
+    """(kind, its plain tensors) of `x -> x @ value` if value is one large matrix, else None.
+
+    quantized: what quantized_weight() says of the matrices that were dequantized, by their storage.
+    """
+    if value.ndim < 2 or not value.is_floating_point() or value.numel() < LARGE:
         return None
-    matrix = view[(0,) * (view.ndim - 2)]
-    if matrix.numel() != view.numel():
+    matrix = value[(0,) * (value.ndim - 2)]  # [in, out]
+    if matrix.numel() != value.numel():
         return None
-    if isinstance(value, Folded):
-        return (value.kind, value.tensors) if value.is_multiplied_by(matrix) else None
-    return "Float", [matrix]
+    kind, tensors = quantized.get(storage(matrix), ("Float", [matrix]))
+    is_whole = matrix.nbytes == matrix.untyped_storage().nbytes()
+    is_stored_so = (matrix.t() if kind == "Int8" else matrix).is_contiguous()
+    return (kind, tensors) if is_whole and is_stored_so else ("Float", [matrix])
+
+
+def quantized_weight(op, q, scale):
+    """(kind, its plain tensors) of what Dequantize computes if that is one of two kinds, else None.
+
+    Int8 is [out, in] with one scale per row; Int4 is [in, out], two per byte, with one scale per block of rows.
+    """
+    if q.ndim == 2 and q.dtype is torch.int8 and q.numel() >= LARGE:
+        if op["stored"] == "int8" and op["dim"] == 0:
+            return "Int8", [q, scale.reshape(-1, 1)]
+        if op["stored"] == "int4" and op["dim"] is None and scale.ndim == 2 and q.shape[1] % 2 == 0:
+            return "Int4", [as_int4(q), scale]
+    return None
 
 
 # -- products: x -> x @ weight.t() + bias, and GELU of it
@@ -70,18 +85,24 @@ def finish(y, bias, gelu):
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
+ONEDNN_ROWS = 1 << 30 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64  # for more, MKL is faster
+
+
 class Plain:
-    """float32 as it is: one row by MKL, which uses one thread for it unless the inputs come in parts; more by oneDNN."""
+    """float32 as it is, by MKL or oneDNN. MKL multiplies one row on one thread unless the inputs come in parts."""
 
     def __init__(self, weight):  # [in, out]
         threads = 1 << (torch.get_num_threads() - 1).bit_length()
         count = math.gcd(len(weight), max(8, threads))
-        self.transposed, self.parts, self.ones = weight.t(), weight.unflatten(0, (count, -1)), torch.ones(count)
+        self.weight, self.parts, self.ones = weight, weight.unflatten(0, (count, -1)), torch.ones(count)
 
     def __call__(self, x, bias=None, gelu=False):
-        if x.numel() > x.shape[-1]:
+        rows = x.numel() // x.shape[-1]
+        if rows > ONEDNN_ROWS:
+            return finish(x @ self.weight, bias, gelu)
+        if rows > 1:
             name, variant = ("gelu", "tanh") if gelu else ("none", "")
-            return torch.ops.mkldnn._linear_pointwise(x, self.transposed, bias, name, [], variant)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight.t(), bias, name, [], variant)
         y = torch.bmm(x.view(len(self.ones), 1, -1), self.parts)
         y = y.sum(0) if bias is None else torch.addmv(bias, y[:, 0].t(), self.ones)
         return finish(y.view(*x.shape[:-1], -1), None, gelu)
@@ -102,7 +123,7 @@ class Dense:
     """Half precision, where there is no better product."""
 
     def __init__(self, weight):
-        self.weight, self.half = weight.t().contiguous(), has_half_product(weight.dtype)
+        self.weight, self.half = weight.t().contiguous(), computes(weight.dtype)
 
     def __call__(self, x, bias=None, gelu=False):
         one_row = x.numel() == x.shape[-1]  # then torch's half-precision product accumulates in float32
@@ -155,45 +176,38 @@ class Int4:
 # -- which product
 
 
-def computes(product, dtype, most, size=128):
-    """Whether torch has this product's kernel for this CPU, and it is right for weights that are all `most`.
+def uniform(kind, inputs=128, outputs=64):
+    """(a product of this kind or dtype, what all its weights are)"""
+    if kind == "Int8":
+        return Int8(torch.full((outputs, inputs), 127, dtype=torch.int8), torch.ones(outputs, 1)), 127
+    if kind == "Int4":
+        q = torch.full((inputs, outputs), 7, dtype=torch.int8)
+        return Int4(as_int4(q), torch.ones(inputs // 128, outputs)), 7
+    if kind == "Float16":
+        return Float16(torch.full((inputs, outputs), 127.0)), 127
+    return lambda x: F.linear(x.to(kind), torch.full((outputs, inputs), 127, dtype=kind)), 127
+
+
+def computes(kind):
+    """Whether torch has this product's kernel for this CPU, and it is right.
 
     On a CPU that lacks their instructions some kernels raise a RuntimeError and others saturate.
     """
     try:
-        y = product(torch.ones(1, size, dtype=dtype)).float()
-        return torch.allclose(y, torch.full((1, 64), float(most * size)), rtol=1e-4)
+        product, weight = uniform(kind)
+        return torch.allclose(product(torch.ones(1, 128)).float(), torch.tensor(128.0 * weight), rtol=1e-4)
     except RuntimeError:
         return False
-
-
-def has_float16():
-    return computes(lambda x: Float16(torch.full((x.shape[1], 64), 127.0))(x), torch.float32, 127)
-
-
-def has_half_product(dtype):
-    return computes(lambda x: F.linear(x, torch.full((64, x.shape[1]), 127, dtype=dtype)), dtype, 127)
-
-
-def has_low_bits(kind):
-    """Whether this CPU multiplies by int8 or int4."""
-    if kind == "Int8":
-        q, scale = torch.full((64, 128), 127, dtype=torch.int8), torch.ones(64, 1)
-    else:
-        q, scale = as_int4(torch.full((128, 64), 7, dtype=torch.int8)), torch.ones(1, 64)
-    return computes(lambda x: PRODUCTS[kind](q, scale)(x), torch.float32, 127 if kind == "Int8" else 7)
 
 
 @cache
 def is_fastest(kind):
     """Whether the product by int8 or int4 takes less time than by float16: without AVX-512 it may not."""
-    if not has_float16():
+    if not computes("Float16"):
         return True
-    q = torch.ones(3072, 768, dtype=torch.int8) if kind == "Int8" else torch.ones(768, 1536, dtype=torch.int8)
-    scale = torch.ones(3072, 1) if kind == "Int8" else torch.ones(6, 3072)
     x, seconds = torch.ones(1, 768), []
-    for make in (lambda: PRODUCTS[kind](q, scale), lambda: Float16(torch.ones(768, 3072))):
-        products = [make() for _ in range(8)]  # more than a cache holds
+    for each in (kind, "Float16"):
+        products = [uniform(each, 768, 3072)[0] for _ in range(8)]  # more than a cache holds
         seconds.append(min(seconds_of(products, x) for _ in range(5)))  # other work makes some of them slow
     return seconds[0] < seconds[1]
 
@@ -207,13 +221,13 @@ def seconds_of(products, x: torch.Tensor) -> float:
 
 def product_of_float(weight):
     is_half = weight.dtype is torch.float16 or FAST and weight.abs().max() < torch.finfo(torch.float16).max
-    if is_half and has_float16():
+    if is_half and computes("Float16"):
         return Float16(weight)
     return Dense(weight) if weight.dtype in HALF else Plain(weight)
 
 
 def product_of_int8(q, scale):
-    if FAST and has_low_bits("Int8") and is_fastest("Int8"):
+    if FAST and computes("Int8") and is_fastest("Int8"):
         return Int8(q, scale)
     return product_of_float((q.float() * scale.float()).to(scale.dtype).t().contiguous())
 
@@ -221,13 +235,12 @@ def product_of_int8(q, scale):
 def product_of_int4(q, scale):
     block = q.shape[0] // scale.shape[0]
     fits = block in (32, 64, 128, 256) and scale.shape[1] % 64 == 0
-    if FAST and fits and has_low_bits("Int4") and is_fastest("Int4"):
+    if FAST and fits and computes("Int4") and is_fastest("Int4"):
         return Int4(q, scale)
     dense = as_int8(q).float() * scale.float().repeat_interleave(block, 0)
     return product_of_float(dense.to(scale.dtype))
 
 
-PRODUCTS = {"Int8": Int8, "Int4": Int4}
 CHOICES = {"Float": product_of_float, "Int8": product_of_int8, "Int4": product_of_int4}
 
 
@@ -250,43 +263,6 @@ class Weight:
         if self.product is None:
             self.product = CHOICES[self.kind](*self.tensors())
         return self
-
-
-class Folded:
-    """A dequantized constant while a trace is lowered: int8 [out, in] with one scale per row, or int4 [in, out].
-
-    int4 has two per byte, and one scale per block of rows.
-    """
-
-    def __init__(self, kind, q, scale):
-        self.kind, self.tensors = kind, [q, scale]
-        self.width = q.shape[1] * (1 if kind == "Int8" else 2)
-        self.meta = torch.empty(len(q), self.width, dtype=scale.dtype, device="meta")  # its shape and strides
-
-    @classmethod
-    def of(cls, op, q, scale):
-        """The result of a Dequantize if it is one of the two kinds, else None."""
-        if q.ndim == 2 and q.dtype is torch.int8 and q.numel() >= LARGE:
-            if op["stored"] == "int8" and op["dim"] == 0:
-                return cls("Int8", q, scale.reshape(-1, 1))
-            if op["stored"] == "int4" and op["dim"] is None and scale.ndim == 2 and q.shape[1] % 2 == 0:
-                return cls("Int4", as_int4(q), scale)
-        return None
-
-    def view(self, meta):
-        """With the shape and strides of meta, or None if meta is not a view."""
-        view = copy(self)
-        view.meta = meta
-        return view if storage(meta) == storage(self.meta) else None
-
-    def is_multiplied_by(self, matrix):
-        return matrix.stride() == ((1, self.width) if self.kind == "Int8" else (self.width, 1))
-
-    def dense(self):
-        q, scale = self.tensors
-        q = q if self.kind == "Int8" else as_int8(q)
-        spread = scale.float().repeat_interleave(q.shape[0] // scale.shape[0], 0)
-        return (q.float() * spread).to(scale.dtype).as_strided(self.meta.shape, self.meta.stride())
 
 
 def as_int4(q):
