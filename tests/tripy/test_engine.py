@@ -84,6 +84,8 @@ def test_executables_share_a_file_of_weights_without_which_they_are_not_loaded(
     again = load(wide, "float32", executables=tmp_path)
     np.testing.assert_allclose(run(again), logits, atol=1e-5)
     assert again.compiled[0] == "prefill" and "lacks its weights: recompiled" in capsys.readouterr().err
+    again.wait()
+    monkeypatch.setattr(weights, "_shared", WeakValueDictionary())
     loaded = load(wide, "float32", executables=tmp_path)
     np.testing.assert_allclose(run(loaded), logits, atol=1e-5)
     assert loaded.compiled == []
