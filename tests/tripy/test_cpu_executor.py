@@ -257,6 +257,7 @@ MASKS = {
     "first": torch.arange(6) < 4,
     "last": torch.arange(6) >= 2,
     "all": torch.ones(6, dtype=torch.bool),
+    "nothing": torch.zeros(6, dtype=torch.bool),
     "one row of holes": torch.tensor([1, 0, 1, 1, 0, 1]) == 1,
     "causal": torch.ones(6, 6, dtype=torch.bool).tril(),
     "anticausal": torch.ones(6, 6, dtype=torch.bool).triu(),

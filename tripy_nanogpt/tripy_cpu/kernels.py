@@ -116,11 +116,10 @@ def extent(op, visible):
 
 
 def attention(op, q, k, v, visible, extent):
-    dtype = q.dtype
     if extent and extent > 0:  # keys after the last visible one add nothing, and are not read
         k, v = k[:, :, :extent], v[:, :, :extent]
-    q, k, v = q.float(), k.float(), v.float()
-    if extent is None:
+    dtype, q, k, v = q.dtype, q.float(), k.float(), v.float()
+    if extent is None:  # PyTorch's attention gives 0, not NaN, where nothing is visible
         scores = (q @ k.transpose(-2, -1) * op["scale"]).where(visible, -torch.inf)
         return (scores.softmax(-1) @ v).to(dtype)
     return F.scaled_dot_product_attention(q, k, v, is_causal=extent < 0, scale=op["scale"]).to(dtype)

@@ -6,7 +6,7 @@ copy in another layout.
 
 import hashlib
 import math
-import time
+import timeit
 import warnings
 import weakref
 from functools import cache
@@ -208,15 +208,9 @@ def is_fastest(kind):
     x, seconds = torch.ones(1, 768), []
     for each in (kind, "Float16"):
         products = [uniform(each, 768, 3072)[0] for _ in range(8)]  # more than a cache holds
-        seconds.append(min(seconds_of(products, x) for _ in range(5)))  # other work makes some of them slow
+        times = timeit.repeat(lambda products=products: [product(x) for product in products], number=1, repeat=5)
+        seconds.append(min(times))  # other work makes some of them slow
     return seconds[0] < seconds[1]
-
-
-def seconds_of(products, x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    for product in products:
-        product(x)
-    return time.perf_counter() - start
 
 
 def product_of_float(weight):
