@@ -15,6 +15,7 @@ class CPU:
     name, cores, saves, compile_only = "cpu", 1, True, False
     dtypes = ("float32", "bfloat16", "int8")  # of the weights; the first is the default
     slots = ()  # a step reads filled slots only: one graph is enough
+    shortest = 16  # bucket, by default
     loading = nullcontext
 
     def __init__(self, missing: str | None = None, label: str = "neuron"):
