@@ -4,8 +4,8 @@ Up to block_size tokens, the loop carries a KV cache. From there on nanoGPT crop
 tokens, and that moves every token to another position embedding: the KV cache is invalid, also if it is a ring buffer.
 So past block_size the loop carries the window of tokens, and each step recomputes all of it.
 
-One text takes three programs: prefill, decode, and past block_size slide. The number of tokens, the temperature and
-top_p are arguments of them. The logits stay on the device, except those of the first `kept` texts.
+One text takes four programs: prefill, begin, decode, and past block_size slide. The number of tokens, the temperature
+and top_p are arguments of them. The logits stay on the device, except those of the first `kept` texts.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from jax_nanogpt.kernels import choose_kernels, unpack
 from jax_nanogpt.model import GPT, GPTConfig, init_cache
 from jax_nanogpt.runtime import choose_devices, describe
 
-# not for prompts and windows: there XLA's own reductions took a quarter longer
+# not for prompts and windows: there XLA's own reductions took a quarter longer, but for the head's
 jit_step = partial(jax.jit, compiler_options=kernels.COMPILER_OPTIONS)
 
 CHUNK = 32  # tokens of one jitted call: after each the text is printed, and its end noticed
@@ -68,11 +68,9 @@ def keys_at(key: jax.Array, batch: int, position: int) -> jax.Array:
 # --- the logits [B, V] after what is read
 
 
-def read_prompt(model: GPT, params: dict, prompt: jax.Array, length: int, slots: int) -> tuple[jax.Array, list]:
-    """The logits after the first `length` tokens of prompt [B, P], and a cache of `slots` slots with them in it."""
-    cache = init_cache(model.config, len(prompt), slots)
-    logits, cache = model.apply({"params": unpack(params)}, prompt, cache, 0, only=length - 1)
-    return logits[:, 0], cache
+def read_head(model: GPT, params: dict, x: jax.Array) -> jax.Array:
+    """The logits of what prefill gives."""
+    return model.logits(x[:, None], unpack(params)["wte"])[:, 0]
 
 
 def read_token(model: GPT, params: dict, tokens: jax.Array, cache: list, position: int) -> tuple[jax.Array, list]:
@@ -105,23 +103,32 @@ class Drawn(NamedTuple):
         return Drawn(self.tokens.at[i].set(tokens), self.logits.at[i].set(logits[: self.logits.shape[1]]))
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "samples", "kept"))
+@partial(jax.jit, static_argnames=("model", "slots", "samples"))
 def prefill(
+    model: GPT, params: dict, prompt: jax.Array, length: int, slots: int, samples: int = 1
+) -> tuple[jax.Array, list]:
+    """What the head reads [B, C] after the first `length` tokens of prompt [B, P], and a cache of `slots` slots with
+    them in it, `samples` times."""
+    cache = init_cache(model.config, len(prompt), slots)
+    x, cache = model.apply({"params": unpack(params)}, prompt, cache, 0, only=length - 1, head=lambda x, _: x)
+    return x[:, 0], jax.tree.map(lambda x: jnp.tile(x, (samples, 1, 1)), cache)
+
+
+@partial(jit_step, static_argnames=("model", "samples", "kept"))
+def begin(
     model: GPT,
     params: dict,
     sampling: Sampling,
     key: jax.Array,
-    prompt: jax.Array,
+    x: jax.Array,
     length: int,
-    slots: int,
     samples: int,
     kept: int,
-) -> tuple[Drawn, list]:
-    """The first token of `samples` texts after the first `length` tokens of prompt [1, P], and their cache."""
-    logits, cache = read_prompt(model, params, prompt, length, slots)
-    logits, cache = jnp.repeat(logits, samples, axis=0), jax.tree.map(lambda x: jnp.tile(x, (samples, 1, 1)), cache)
+) -> Drawn:
+    """The first token of `samples` texts after a prompt of this length, of which prefill gave x [1, C]."""
+    logits = jnp.repeat(read_head(model, params, x), samples, axis=0)
     tokens = choose(logits, sampling, keys_at(key, samples, length))
-    return Drawn.empty(model, samples, kept).put(0, tokens, logits), cache
+    return Drawn.empty(model, samples, kept).put(0, tokens, logits)
 
 
 @partial(jit_step, static_argnames=("model", "kept"), donate_argnames=("cache",))
@@ -207,7 +214,8 @@ def generate(
             drawn, cache = decode(**common, tokens=text[:, -1], cache=cache, position=position, count=count)
         else:
             count, slots = 1, min(block_size, -(-end // 64) * 64)  # a multiple of 64: few shapes to compile
-            drawn, cache = prefill(**common, prompt=pad(text[:1], slots), length=position, slots=slots, samples=samples)
+            x, cache = prefill(model, params, pad(text[:1], slots), position, slots, samples)
+            drawn = begin(**common, x=x, length=position, samples=samples)
         tokens, logits = np.asarray(drawn.tokens)[:count].T, np.asarray(drawn.logits)[:count].swapaxes(0, 1)
         if (tokens == NOT_FINITE).any():
             raise FloatingPointError(f"NaN or inf in the logits at position {position}")
@@ -232,8 +240,8 @@ class Engine:
         """The logits [B, V] after each of rows, which have one length, at most block_size."""
         self.text, slots = np.array(rows, np.int32), self.config.block_size
         length = self.text.shape[1]
-        logits, self.cache = jit_prompt(self.model, self.params, pad(self.text, slots), length, slots)
-        return np.asarray(logits)
+        x, self.cache = prefill(self.model, self.params, pad(self.text, slots), length, slots)
+        return np.asarray(jit_head(self.model, self.params, x))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """The logits [B, V] after one more token in each text."""
@@ -246,7 +254,7 @@ class Engine:
         return np.asarray(logits)
 
 
-jit_prompt = jax.jit(read_prompt, static_argnames=("model", "slots"))
+jit_head = jit_step(read_head, static_argnames=("model",))
 jit_token = jit_step(read_token, static_argnames=("model",), donate_argnames=("cache",))
 jit_window = jax.jit(read_window, static_argnames=("model",))
 

@@ -15,12 +15,14 @@ class CPU:
     name, cores, saves, compile_only = "cpu", 1, True, False
     dtypes = ("float32", "bfloat16", "int8")  # of the weights; the first is the default
     slots = ()  # a step reads filled slots only: one graph is enough
+    shortest = 16  # bucket, by default
     loading = nullcontext
 
     def __init__(self, missing: str | None = None, label: str = "neuron"):
         self.missing = missing  # why this is not a NeuronCore
         self.label = label  # in its file names; cpu where torch-neuronx is installed, whose graphs stay
-        self.facts = {"device": "cpu", "fbgemm": kernels.FBGEMM, "versions": {"torch": torch.__version__}}
+        self.facts = {"device": "cpu", "versions": {"torch": torch.__version__}}
+        self.facts |= {"fbgemm": kernels.FBGEMM, "onednn": kernels.ONEDNN}
 
     def describe(self, dtype: str) -> str:
         parts = [f"cpu: TorchScript of torch {torch.__version__}"] + ([self.missing] if self.missing else [])

@@ -30,7 +30,7 @@ class Settings:
     batch: int = 1
     window: bool = False  # one graph over the last seq_len tokens, without a cache
     seq_len: int | None = None  # default: SEQ_LEN, or the context if that is shorter
-    buckets: list | None = None  # lengths of prompt that get a graph; default: powers of two from SEQ_LEN
+    buckets: list | None = None  # lengths of prompt that get a graph; default: powers of two
     recompile: bool = False
     # of a NeuronCore
     target: str | None = None  # default: trn1
@@ -54,7 +54,7 @@ def load(folder: Path, dtype: str | None = None, device: str = "auto", **setting
         raise ValueError(f"--recompile must not be given with the device {backend.name}, which saves no graphs")
     block_size = weight_loader.read_config(folder).block_size
     width = window_width(settings.seq_len, block_size)
-    buckets = all_buckets(settings.buckets, block_size)
+    buckets = all_buckets(settings.buckets, block_size, backend.shortest)
     gpt = weight_loader.load(folder)
     compiler = Compiler(backend, folder, dtype, settings.recompile)
     if settings.window:
@@ -69,10 +69,10 @@ def window_width(seq_len, block_size):
     return width
 
 
-def all_buckets(buckets, block_size):
+def all_buckets(buckets, block_size, shortest):
     """Ascending; the last one is the context, which a step past it computes."""
     if buckets is None:
-        buckets = [SEQ_LEN << i for i in range(24) if SEQ_LEN << i < block_size]
+        buckets = [shortest << i for i in range(24) if shortest << i < block_size]
     if not all(1 <= bucket <= block_size for bucket in buckets):
         raise ValueError(f"--buckets must be from 1 to the context ({block_size}), got {','.join(map(str, buckets))}")
     return sorted({*buckets, block_size})

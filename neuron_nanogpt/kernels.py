@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # PyTorch's, for x86-64 with AVX2
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 Packed = torch.classes.quantized.LinearPackedParamsBase
 
 
@@ -97,11 +98,27 @@ def packed(module):
     return {f"{name}.packed": part.packed for name, part in module.named_modules() if isinstance(part, PackedLinear)}
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    return F.linear(x, weight, bias)
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+few_rows = torch.jit.script(onednn_linear if ONEDNN else linear)
+
+
 @torch.jit.script
 def row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int):
-    """x times weight [in, out]. MKL multiplies one row on one thread: here the threads share the inputs, in parts."""
-    if x.numel() != weight.size(0):
-        return F.linear(x, weight.t(), bias)
+    """x times weight [in, out].
+
+    MKL multiplies one row on one thread: here the threads share the inputs, in parts. For few rows it takes up to twice
+    oneDNN's time.
+    """
+    rows = x.numel() // weight.size(0)
+    if rows > 1:
+        return few_rows(x, weight.t(), bias) if rows <= 128 else F.linear(x, weight.t(), bias)
     products = torch.bmm(x.reshape(parts, 1, -1), weight.view(parts, -1, weight.size(1)))
     y = products.sum(0, keepdim=x.dim() == 3)
     return y if bias is None else y.add_(bias)

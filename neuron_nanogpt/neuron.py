@@ -19,6 +19,7 @@ class Neuron:
     name, label, saves = "neuron", "neuron", True
     dtypes = ("bfloat16", "float32")  # the first is the default
     slots = (256, 512)  # and the context: a step reads all slots of its graph
+    shortest = 128  # bucket, by default
 
     def __init__(
         self,

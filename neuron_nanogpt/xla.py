@@ -19,6 +19,7 @@ class XLA:
     name, device, cores, saves = "xla", "xla", 1, False
     dtypes = ("float32", "bfloat16")  # the first is the default
     slots = (256, 512)  # and the context, as on a NeuronCore
+    shortest = 128
 
     def __init__(self, dump_hlo: Path | None = None):
         os.environ.setdefault("PJRT_DEVICE", "CPU")

@@ -91,13 +91,13 @@ def test_all_that_it_runs_lowers_for_cuda(monkeypatch, with_cudnn):
 
     trained = lowered("train", bench_gpu.train_iterations, lambda model, rule, *state: (*state[:2], jnp.zeros(1)))
     monkeypatch.setattr(bench_gpu, "train_iterations", trained)
-    for name in "prefill", "decode":
+    for name in "prefill", "begin", "decode":
         monkeypatch.setattr(sampler, name, lowered(name, getattr(sampler, name), getattr(sampler, name)))
     monkeypatch.setattr(bench_gpu, "measure", lambda *args: (args[3](), {"tokens_per_s": 1.0})[1])
     args = bench_gpu.make_parser().parse_args(["--block_size=64", "--batch=2", "--iters=1", "--new-tokens=4"])
     config = GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=64, dtype="bfloat16")
     model = GPT(config, Kernels(attend=fused_attend, vocab_multiple=128))
     bench_gpu.bench(args, jax.devices()[0], model, None)
-    assert {name for name, _ in texts} == {"train", "prefill", "decode"}
+    assert {name for name, _ in texts} == {"train", "prefill", "begin", "decode"}
     training = dict(texts)["train"]
     assert training.count("custom_call @__cudnn$fmhaSoftmaxBackward(") == 2 and "x512xf32>" in training

@@ -191,7 +191,7 @@ def test_weights_that_overflow_are_one_line_which_names_the_model(talker, tmp_pa
 
 
 def test_a_bug_in_the_model_keeps_its_traceback(out_dir, monkeypatch):
-    def broken(**_):
+    def broken(*_):
         raise ValueError("operands could not be broadcast")
 
     monkeypatch.setattr(sample.sampler, "prefill", broken)

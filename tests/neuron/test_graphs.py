@@ -84,9 +84,15 @@ def test_the_smallest_bucket_that_holds_the_prompt_is_used(tiny):
 
 
 def test_default_buckets_are_powers_of_two_up_to_the_context():
-    assert engine.all_buckets(None, 1024) == [128, 256, 512, 1024]
-    assert engine.all_buckets(None, 200) == [128, 200]
-    assert engine.all_buckets(None, 16) == [16]
+    assert engine.all_buckets(None, 1024, 128) == [128, 256, 512, 1024]
+    assert engine.all_buckets(None, 200, 128) == [128, 200]
+    assert engine.all_buckets(None, 16, 16) == [16]
+
+
+def test_on_the_cpu_a_short_prompt_is_not_padded_to_a_long_one(long):
+    runner = load(long[0])
+    runner.prefill([[1] * 5])
+    assert "prefill_16" in runner.graphs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

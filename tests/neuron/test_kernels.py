@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from neuron_nanogpt import kernels, run_model
+from tests.conventions.rules import ROOT
 
 pytestmark = pytest.mark.engine
 
@@ -52,8 +53,23 @@ def test_an_int8_product_does_not_saturate_and_knows_zero():
 def test_the_threads_share_the_product_of_one_row(inputs, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     plain = nn.Linear(inputs, 50)
-    for x in torch.randn(1, 1, inputs), torch.randn(2, 1, inputs), torch.randn(1, 5, inputs):
+    for shape in (1, 1), (2, 1), (1, 5), (1, 200):
+        x = torch.randn(*shape, inputs)
         torch.testing.assert_close(kernels.RowLinear(plain)(x), plain(x))
+
+
+WITHOUT_ONEDNN = """
+import torch
+torch.backends.mkldnn.is_available = lambda: False
+from neuron_nanogpt import kernels
+plain, x = torch.nn.Linear(96, 50).requires_grad_(False), torch.randn(1, 5, 96)
+torch.testing.assert_close(kernels.RowLinear(plain)(x), plain(x))
+assert not kernels.ONEDNN
+"""
+
+
+def test_without_onednn_few_rows_are_multiplied_too():
+    subprocess.run([sys.executable, "-c", WITHOUT_ONEDNN], check=True, cwd=ROOT)
 
 
 def test_float32_weights_are_read_where_the_file_is_mapped(gpt, tiny):

@@ -28,7 +28,7 @@ def test_the_example_runs_without_arguments(run):
     assert first.startswith("gpt2") and " on cpu: TorchScript of torch 2." in first and "torch-neuronx" in first
     assert [line.split()[:2] for line in graphs] == [
         ["gpt2_step_neuron.pt:", "traced"],
-        ["gpt2_prefill_128_neuron.pt:", "traced"],
+        ["gpt2_prefill_16_neuron.pt:", "traced"],
     ]
     assert {path.suffix for path in Path().iterdir()} == {".pt", ".json"}
 

@@ -157,9 +157,9 @@ def start(engine: Engine, root: Path, prompt: list[int]) -> Worker:
     return worker
 
 
-def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, args: argparse.Namespace) -> None:
-    """Starts the engines of one width, and asks each in turns."""
-    workers = {}
+def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, args: argparse.Namespace) -> float:
+    """Starts the engines of one width, and asks each in turns; the memory's bandwidth meanwhile, the rounds' median."""
+    workers, bandwidths = {}, []
     try:
         for engine in engines:
             try:
@@ -171,6 +171,7 @@ def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, a
         decode, prefill = requests["decode"], requests["prefill"]
         warm_up = {"decode": decode | {"new_tokens": WARM_UP_TOKENS}, "prefill": prefill}
         for number in range(-1, args.rounds):
+            bandwidths.append(machine.bandwidth())
             for engine in engines:
                 if "error" not in engine.row:
                     asked = requests if number >= 0 else warm_up
@@ -183,6 +184,7 @@ def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, a
     finally:
         for worker in workers.values():
             worker.__exit__()
+    return statistics.median(bandwidths)
 
 
 def measure_round(engine: Engine, worker: Worker, requests: dict, expected: dict, timed: bool) -> None:
@@ -243,7 +245,8 @@ def finish(engines: list[Engine], model: str, requests: dict, bandwidth: float) 
             engine.row[work] = {"tokens_per_s": round(rate, 1), "ratio": ratio, "best_peer": peer and peer.name}
     for engine in good:
         rate = engine.row["decode"]["tokens_per_s"]
-        engine.row["of_bandwidth"] = round(engine.row["step_bytes"] * rate / bandwidth, 3)
+        of_bandwidth = round(engine.row["step_bytes"] * rate / bandwidth, 3)
+        engine.row |= {"bandwidth": round(bandwidth), "of_bandwidth": of_bandwidth}
     about = [{"model": model, "name": e.name, "dtype": e.dtype, "width": e.width, "ours": e.ours} for e in engines]
     return [about | UNMEASURED | engine.row for about, engine in zip(about, engines, strict=True)]
 
@@ -286,13 +289,13 @@ def measure_model(root: Path, scratch: Path, model: str, pythons: dict, args) ->
     for width in dict.fromkeys(engine.width for engine in engines):
         group = [engine for engine in engines if engine.width == width]
         print(f"\n{tables.TITLES[model]}, {width}", flush=True)
-        measure(group, root, requests, expected, args)
+        bandwidth = measure(group, root, requests, expected, args)
         if model == "gpt2-nano":
             windows = held_out()[::6]
             for engine in group:
                 if "error" not in engine.row and (engine.ours or width not in EXACT):
                     perplexity(engine, root, windows)
-        group_rows = finish(group, model, requests, args.bandwidth)
+        group_rows = finish(group, model, requests, bandwidth)
         for row in group_rows:
             print(f"  {tables.line(row)}", flush=True)
         rows += group_rows
@@ -330,13 +333,14 @@ def main(root: Path, argv: list[str] | None = None) -> int:
     if used > BUSY and not args.busy:
         parser.error(f"other work uses {used:.0%} of the CPUs: wait for it, or give --busy")
     here = machine.about() | {"load": os.getloadavg()[0], "command": f"bench {' '.join(argv or sys.argv[1:])}".strip()}
-    args.bandwidth = here["bandwidth"]
     print(f"{here['cpu']}, {here['cores']} cores, {', '.join(here['instruction_sets'])}:", end=" ")
     print(f"reads {here['bandwidth'] / 1e9:.1f} GB/s, multiplies {here['float32'] / 1e9:,.0f} GFLOP/s in float32")
     document = {"machine": here, "rows": [], "training": []}
     with tempfile.TemporaryDirectory() as scratch:
         for model in args.models:
             document["rows"] += measure_model(root, Path(scratch), model, pythons, args)
+            bandwidths = [row["bandwidth"] for row in document["rows"] if "bandwidth" in row]
+            here["bandwidth"] = statistics.median(bandwidths or [here["bandwidth"]])
             tables.write(args.to, document)
         if args.peers and not args.only or "training" in (args.only or ()):
             document["training"] = training.measure(root, Path(scratch), args.rounds)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ def python_of(root: Path, project: str) -> Path:
     return make_environment(root, env_of(project))
 
 
+@cache
 def make_environment(root: Path, env: str) -> Path:
     """The python of one of tox's environments, which is made now unless it is there."""
     python = root / ".tox" / env / "bin" / "python"

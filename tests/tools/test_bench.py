@@ -49,6 +49,7 @@ def run(checkout, add_engine, monkeypatch, capfd):
     here = {"cpu": "a CPU", "cores": 2, "instruction_sets": ["avx2"], "date": "2026-01-01"}
     monkeypatch.setattr(machine, "about", lambda: here | {"bandwidth": 40e9, "float32": 1e11})
     monkeypatch.setattr(machine, "share_used", lambda: 0.01)
+    monkeypatch.setattr(machine, "bandwidth", lambda: 20e9)
     monkeypatch.setattr(bench, "PEERS", ("referee",))
     monkeypatch.setattr(bench, "REFEREE", "referee")
     monkeypatch.setattr(bench, "held_out", lambda: [[1, 2, 3], [1, 2]])
@@ -90,6 +91,15 @@ def test_rounds_interleave_the_engines_after_a_cold_and_warm_starts(checkout, ru
     assert [call[2:] for call in calls if call[0] == "alpha"] == [*starts, *warm_up, *2 * [["16", "64"], ["128", "1"]]]
     first = len(names) * len(starts)
     assert [call[0] for call in calls[first:]] == 3 * [name for name in names for _ in range(2)]
+
+
+def test_the_bandwidth_is_the_median_of_what_the_rounds_measured(checkout, run, monkeypatch):
+    measured = iter([50e9, 10e9, 30e9])  # the memory of a shared machine is fast for some seconds
+    monkeypatch.setattr(machine, "bandwidth", lambda: next(measured))
+    _, _, rows = run()
+    assert {row["bandwidth"] for row in rows.values()} == {30e9}
+    document = json.loads((checkout / "results" / "bench.json").read_text(encoding="utf-8"))
+    assert document["machine"]["bandwidth"] == 30e9
 
 
 def test_a_start_is_warm_once_the_one_before_has_stored_all(checkout, add_engine, run):

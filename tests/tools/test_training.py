@@ -64,6 +64,14 @@ def test_all_train_in_turns_and_llm_c_without_dropout_in_float32_alone(checkout,
     assert calls[: len(first) + 2 * len(turn)] == first + 2 * turn
 
 
+def test_what_takes_half_a_minute_is_measured_once(checkout, measure, monkeypatch):
+    monkeypatch.setattr(training.MODELS["small"], "once", ("llm.c",))
+    rows = measure(rounds=3)
+    assert rows["llm.c", "float32"]["ratio"] > 0 and rows["jax_nanogpt", "float32"]["ratio"] > 0
+    calls = (checkout / "calls").read_text(encoding="utf-8").splitlines()
+    assert calls.count("llm 3 0.0") == 2 and calls.count("ours 3 0.1") == 2 * 4  # the check; and in both widths
+
+
 @pytest.mark.parametrize("losses", ["[4.0, 4.01, 4.0]", "[4.0, float('nan'), 4.0]", "[4.0]"])
 def test_a_row_with_other_losses_is_void(losses, add_peer, measure):
     add_peer("ours", losses=losses)
