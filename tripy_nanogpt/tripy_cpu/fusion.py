@@ -6,6 +6,7 @@ number a constant of one element. What is then without a use is removed. In half
 
 import json
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -79,7 +80,7 @@ class Fusion:
         return [*before, Node("fused.Attention", {"scale": scale}, names, node.output)]
 
 
-def fuse(nodes, constants, outputs, shapes):
+def fuse(nodes: list[Node], constants: dict, outputs: set[str], shapes: dict) -> list[Node]:
     """The nodes that are left; outputs: names."""
     nodes = merge_equal(nodes, constants, outputs)
     fusion, fused = Fusion(nodes, constants, outputs), []
@@ -90,7 +91,7 @@ def fuse(nodes, constants, outputs, shapes):
     return remove_unused([*merge_views(fused, constants, shapes)], outputs)
 
 
-def merge_views(nodes, constants, shapes):
+def merge_views(nodes: list[Node], constants: dict, shapes: dict) -> Iterator[Node]:
     """With each view, of whatever views, as one of the tensor that has the memory, if its shape is known."""
     views = {}
     for node in nodes:

@@ -87,7 +87,7 @@ def slice_(op, x, start, size, stride):
     return x
 
 
-def gather(op, x, index):
+def gather(op: dict, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     shape = x.shape[: op["dim"]] + index.shape + x.shape[op["dim"] + 1 :]
     return x.index_select(op["dim"], index.flatten()).view(shape)
 
@@ -115,7 +115,7 @@ def extent(op, visible):
     return -1 if causal and torch.equal(visible.reshape(T, T), torch.ones(T, T, dtype=torch.bool).tril()) else None
 
 
-def attention(op, q, k, v, visible, extent):
+def attention(op: dict, q, k, v, visible: torch.Tensor, extent: int | None) -> torch.Tensor:
     if extent and extent > 0:  # keys after the last visible one add nothing, and are not read
         k, v = k[:, :, :extent], v[:, :, :extent]
     dtype, q, k, v = q.dtype, q.float(), k.float(), v.float()
@@ -125,7 +125,7 @@ def attention(op, q, k, v, visible, extent):
     return F.scaled_dot_product_attention(q, k, v, is_causal=extent < 0, scale=op["scale"]).to(dtype)
 
 
-def view(op, x):
+def view(op: dict, x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     return x.as_strided(op["size"], op["stride"], x.storage_offset() + op["offset"])
 

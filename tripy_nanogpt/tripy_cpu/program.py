@@ -16,6 +16,7 @@ last use.
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 
@@ -107,7 +108,7 @@ class Program:
         return results
 
 
-def bind(node):
+def bind(node: Node) -> Callable:
     """The function of a step."""
     kernel = partial(KERNELS[node.op], node.attrs)  # load() reports the KeyError of an unknown operation
     if "written" in node.attrs:
@@ -169,7 +170,7 @@ def as_json(value):
     return value.name if hasattr(value, "name") and value.name in DTYPES else int(value)
 
 
-def fold(node, constants, shapes, quantized):
+def fold(node: Node, constants: dict, shapes: dict, quantized: dict) -> bool:
     """Whether a node's results depend only on what is known: then they become constants."""
     values = [constants.get(name) for name in node.inputs]
     if node.op == "shape.Shape" and node.inputs[0] in shapes:
@@ -187,7 +188,7 @@ def zeros(shape, dtype):
     return torch.zeros((), dtype=dtype).expand(tuple(shape))
 
 
-def with_weight(node, constants, quantized):
+def with_weight(node: Node, constants: dict, quantized: dict) -> Node:
     """A product, or fused.Linear if it is one with a weight."""
     name, matrix = node.inputs
     weight = matrix in constants and weight_of(constants[matrix], quantized)
@@ -199,7 +200,7 @@ def with_weight(node, constants, quantized):
     return Node("fused.Linear", {"gelu": False}, [name, key], node.output)
 
 
-def specialize(node, constants, shapes, caches):
+def specialize(node: Node, constants: dict, shapes: dict, caches: set[str]) -> list[Node]:
     """The nodes that compute this one; infers the shape of its result if those of its inputs are known."""
     lists, known = SHAPES.get(node.op, ()), []
     for p, name in enumerate(node.inputs):

@@ -9,6 +9,7 @@ import math
 import timeit
 import warnings
 import weakref
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -48,7 +49,7 @@ def clone(tensor):
     return tensor if tensor.numel() < LARGE else share(("Tensor", digest(tensor)[2]), lambda: tensor)
 
 
-def weight_of(value, quantized):
+def weight_of(value: torch.Tensor, quantized: dict) -> tuple[str, list[torch.Tensor]] | None:
     """(kind, its plain tensors) of `x -> x @ value` if value is one large matrix, else None.
 
     quantized: what quantized_weight() says of the matrices that were dequantized, by their storage.
@@ -64,7 +65,7 @@ def weight_of(value, quantized):
     return (kind, tensors) if is_whole and is_stored_so else ("Float", [matrix])
 
 
-def quantized_weight(op, q, scale):
+def quantized_weight(op: dict, q: torch.Tensor, scale: torch.Tensor) -> tuple[str, list[torch.Tensor]] | None:
     """(kind, its plain tensors) of what Dequantize computes if that is one of two kinds, else None.
 
     Int8 is [out, in] with one scale per row; Int4 is [in, out], two per byte, with one scale per block of rows.
@@ -85,25 +86,32 @@ def finish(y, bias, gelu):
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-ONEDNN_ROWS = 1 << 30 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64  # for more, MKL is faster
+def onednn_rows() -> int:
+    """Up to how many rows oneDNN multiplies float32 faster than MKL."""
+    if not torch.backends.mkldnn.is_available():
+        return 1
+    return 1 << 30 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64
+
+
+ONEDNN_ROWS = onednn_rows()
 
 
 class Plain:
     """float32 as it is, by MKL or oneDNN. MKL multiplies one row on one thread unless the inputs come in parts."""
 
-    def __init__(self, weight):  # [in, out]
+    def __init__(self, weight: torch.Tensor):  # [in, out]
         threads = 1 << (torch.get_num_threads() - 1).bit_length()
         count = math.gcd(len(weight), max(8, threads))
         self.weight, self.parts, self.ones = weight, weight.unflatten(0, (count, -1)), torch.ones(count)
 
-    def __call__(self, x, bias=None, gelu=False):
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         if rows > ONEDNN_ROWS:
             return finish(x @ self.weight, bias, gelu)
         if rows > 1:
             name, variant = ("gelu", "tanh") if gelu else ("none", "")
             return torch.ops.mkldnn._linear_pointwise(x, self.weight.t(), bias, name, [], variant)
-        y = torch.bmm(x.view(len(self.ones), 1, -1), self.parts)
+        y = torch.bmm(x.reshape(len(self.ones), 1, -1), self.parts)
         y = y.sum(0) if bias is None else torch.addmv(bias, y[:, 0].t(), self.ones)
         return finish(y.view(*x.shape[:-1], -1), None, gelu)
 
@@ -176,7 +184,7 @@ class Int4:
 # -- which product
 
 
-def uniform(kind, inputs=128, outputs=64):
+def uniform(kind: str | torch.dtype, inputs: int = 128, outputs: int = 64) -> tuple[Callable, int]:
     """(a product of this kind or dtype, what all its weights are)"""
     if kind == "Int8":
         return Int8(torch.full((outputs, inputs), 127, dtype=torch.int8), torch.ones(outputs, 1)), 127
@@ -188,7 +196,7 @@ def uniform(kind, inputs=128, outputs=64):
     return lambda x: F.linear(x.to(kind), torch.full((outputs, inputs), 127, dtype=kind)), 127
 
 
-def computes(kind):
+def computes(kind: str | torch.dtype) -> bool:
     """Whether torch has this product's kernel for this CPU, and it is right.
 
     On a CPU that lacks their instructions some kernels raise a RuntimeError and others saturate.
@@ -201,7 +209,7 @@ def computes(kind):
 
 
 @cache
-def is_fastest(kind):
+def is_fastest(kind: str) -> bool:
     """Whether the product by int8 or int4 takes less time than by float16: without AVX-512 it may not."""
     if not computes("Float16"):
         return True
