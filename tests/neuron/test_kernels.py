@@ -4,13 +4,13 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 
 from neuron_nanogpt import kernels, run_model
-from tests.conventions.rules import ROOT
 
 pytestmark = pytest.mark.engine
 
@@ -69,7 +69,7 @@ assert not kernels.ONEDNN
 
 
 def test_without_onednn_few_rows_are_multiplied_too():
-    subprocess.run([sys.executable, "-c", WITHOUT_ONEDNN], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", WITHOUT_ONEDNN], check=True, cwd=Path(run_model.__file__).parents[1])
 
 
 def test_float32_weights_are_read_where_the_file_is_mapped(gpt, tiny):
