@@ -79,5 +79,7 @@ def test_perplexity_is_that_of_modelopts_own_model_and_near_float32s(mode, nano,
     ours = perplexity(lambda ids: torch.from_numpy(engine.forward([ids])[0]), windows)
     model = GPT2LMHeadModel.from_pretrained(nano, dtype=torch.float32).eval()
     exact = hf_perplexity(model, windows)
-    assert ours == pytest.approx(hf_perplexity(modelopt_quantize(model, mode), windows), rel=2e-3)
+    # float8 rounds activations to 4 bits: another order of a sum, as with AVX2, moves the perplexity by 2e-3
+    near = 5e-3 if mode == "float8" else 2e-3
+    assert ours == pytest.approx(hf_perplexity(modelopt_quantize(model, mode), windows), rel=near)
     assert exact * 0.99 < ours < exact * {"int8-weight-only": 1.01, "float8": 1.03}.get(mode, 1.12)
