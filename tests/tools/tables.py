@@ -209,7 +209,8 @@ def draw(path: Path, document: dict) -> None:
         for name, color in colors.items()
     ]
     shown = {row["width"] for row in rows}
-    handles += [plt.Line2D([], [], color="grey", marker=WIDTHS[w], lw=0, label=w) for w in WIDTHS if w in shown]
+    shape = {"color": "none", "mec": "black", "lw": 0}
+    handles += [plt.Line2D([], [], marker=WIDTHS[width], label=width, **shape) for width in WIDTHS if width in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
