@@ -98,15 +98,11 @@ def packed(module):
     return {f"{name}.packed": part.packed for name, part in module.named_modules() if isinstance(part, PackedLinear)}
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
-    return F.linear(x, weight, bias)
-
-
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-few_rows = torch.jit.script(onednn_linear if ONEDNN else linear)
+few_rows = torch.jit.script(onednn_linear) if ONEDNN else F.linear  # without it, PyTorch may lack the operator
 
 
 @torch.jit.script
