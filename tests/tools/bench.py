@@ -3,14 +3,15 @@
     python -m tests.tools.bench [--peers] [--models gpt2-nano gpt2] [--rounds N] [--only NAME ...]
 
 Each engine runs in a process and an environment of its own (tests/tools/worker.py). It starts without and with what it
-stores on disk; then rounds interleave the engines. In float32 all must choose the tokens that transformers chooses, or
-their row is void. results/bench gets one JSON file, the tables and a chart.
+stores on disk; then each round asks all of them, in an order of its own. In float32 all must choose the tokens that
+transformers chooses, or their row is void. results/bench gets one JSON file, the tables and a chart.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -168,13 +169,13 @@ def measure(engines: list[Engine], root: Path, requests: dict, expected: dict, a
                 print(f"{engine.row['warm_s']:.1f} s warm, {engine.row['peak_mb']:,} MB", flush=True)
             except Failed as error:
                 engine.fail(error)
-        decode, prefill = requests["decode"], requests["prefill"]
-        warm_up = {"decode": decode | {"new_tokens": WARM_UP_TOKENS}, "prefill": prefill}
+        warm_up = requests | {"decode": requests["decode"] | {"new_tokens": WARM_UP_TOKENS}}
+        order = random.Random(0)  # a host's memory is faster for some seconds now and then
         for number in range(-1, args.rounds):
             bandwidths.append(machine.bandwidth())
-            for engine in engines:
+            for engine in order.sample(engines, len(engines)) if number >= 0 else engines:
                 if "error" not in engine.row:
-                    asked = requests if number >= 0 else warm_up
+                    asked = requests if number >= 0 or engine.name == REFEREE else warm_up
                     measure_round(engine, workers[engine.home], asked, expected, timed=number >= 0)
         if args.busy_core:
             with spinning():
@@ -194,7 +195,7 @@ def measure_round(engine: Engine, worker: Worker, requests: dict, expected: dict
             if engine.name == REFEREE and engine.dtype == "float32":
                 expected[work] = answer["tokens"]
             elif engine.width == "float32":
-                check(work, answer["tokens"], expected.get(work))
+                check(work, answer["tokens"], expected.get(work, [])[: request["new_tokens"]])
             if timed:
                 engine.seconds[work].append(answer["seconds"])
     except Failed as error:
@@ -220,8 +221,8 @@ def measure_beside(engine: Engine, worker: Worker, request: dict) -> None:
         engine.fail(error)
 
 
-def check(work: str, tokens: list[int], expected: list[int] | None) -> None:
-    if expected is None:
+def check(work: str, tokens: list[int], expected: list[int]) -> None:
+    if not expected:
         raise Failed(f"void: there are no tokens of {REFEREE} to compare with")
     if tokens != expected:
         pairs = enumerate(zip(tokens, expected, strict=False))
@@ -310,7 +311,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--peers", action="store_true", help="all peers, and the training step (default: transformers alone)")
     add("--models", nargs="+", choices=tables.TITLES, default=[*tables.TITLES])
-    add("--rounds", type=int, default=3, help="the median of so many (default: %(default)s)")
+    add("--rounds", type=int, default=4, help="the median of so many (default: %(default)s)")
     add("--only", nargs="+", metavar="NAME", help="these engines, beside transformers")
     add("--busy", action="store_true", help="measure beside other work too")
     add("--busy-core", action="store_true", help="decode once more while another process computes on one core")

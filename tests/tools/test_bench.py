@@ -89,8 +89,17 @@ def test_rounds_interleave_the_engines_after_a_cold_and_warm_starts(checkout, ru
     starts, warm_up = (1 + bench.WARM_STARTS) * [["16", "1"]], [["16", "2"], ["128", "1"]]
     names = ["peer-referee", "alpha", "beta"]
     assert [call[2:] for call in calls if call[0] == "alpha"] == [*starts, *warm_up, *2 * [["16", "64"], ["128", "1"]]]
-    first = len(names) * len(starts)
-    assert [call[0] for call in calls[first:]] == 3 * [name for name in names for _ in range(2)]
+    first, each = len(names) * len(starts), 2 * len(names)
+    rounds = [[call[0] for call in calls[i : i + each]] for i in range(first, len(calls), each)]
+    assert len(rounds) == 3 and rounds[0][::2] == names
+    assert all(sorted(of_round[::2]) == sorted(names) and of_round[::2] == of_round[1::2] for of_round in rounds)
+
+
+def test_each_round_has_an_order_of_its_own(checkout, run):
+    run("--rounds", "5")
+    calls = [line.split() for line in (checkout / "calls").read_text(encoding="utf-8").splitlines()]
+    decodes = [call[0] for call in calls if call[2:] == ["16", "64"]][1:]  # the referee's is in the warm-up, too
+    assert len({tuple(decodes[i : i + 3]) for i in range(0, len(decodes), 3)}) > 1
 
 
 def test_the_bandwidth_is_the_median_of_what_the_rounds_measured(checkout, run, monkeypatch):

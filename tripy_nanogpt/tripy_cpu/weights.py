@@ -117,7 +117,7 @@ class Plain:
         return finish(y.view(*x.shape[:-1], -1), None, gelu)
 
 
-Packed = torch.classes.quantized.LinearPackedParamsBase  # FBGEMM: handed over by Python in 13 us, by TorchScript in none
+Packed = torch.classes.quantized.LinearPackedParamsBase  # of FBGEMM; Python hands it over in 13 us, TorchScript in none
 
 
 @torch.jit.script
