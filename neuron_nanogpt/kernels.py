@@ -137,10 +137,8 @@ def replace_linears(gpt, dtype):
     make = {"float32": RowLinear, "bfloat16": HalfLinear, "int8": Int8Linear}[dtype]
     if dtype != "float32" and not FBGEMM:
         make = partial(widened, dtype=dtype)
-    for module in [*gpt.modules()]:
-        for name, child in [*module.named_children()]:
-            if isinstance(child, nn.Linear):
-                setattr(module, name, make(child))
+    for name in [name for name, part in gpt.named_modules() if isinstance(part, nn.Linear)]:
+        gpt.set_submodule(name, make(gpt.get_submodule(name)))  # the plain one leaves memory
 
 
 @torch.jit.script

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_float32_weights_are_read_where_the_file_is_mapped(gpt, tiny):
     kernels.prepare(gpt)
     assert gpt.h[0].mlp.c_proj.weight.data_ptr() == mapped
     torch.testing.assert_close(gpt(ids)[0], tiny[1](ids).logits, atol=1e-4, rtol=0)
+
+
+def test_each_plain_weight_leaves_memory_when_it_is_packed(gpt, monkeypatch):
+    plain, alive, pack = (
+        [weakref.ref(part) for part in gpt.modules() if isinstance(part, nn.Linear)],
+        [],
+        kernels.HalfLinear,
+    )
+
+    def count(part):
+        alive.append(sum(ref() is not None for ref in plain))
+        return pack(part)
+
+    monkeypatch.setattr(kernels, "HalfLinear", count)
+    kernels.prepare(gpt, "bfloat16")
+    assert alive == [*range(len(plain), 0, -1)]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
