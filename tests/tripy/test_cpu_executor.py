@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -652,6 +653,35 @@ def test_equal_weights_are_held_once():
         held += program._executable.constants.values()
     first, second = held
     assert first is second and torch.equal(first.tensors()[0], weight)
+
+
+def is_in_huge_pages(tensor):
+    """Whether Linux was asked for huge pages where a tensor is."""
+    here, middle = False, tensor.data_ptr() + tensor.nbytes // 2
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(found[1], 16) <= middle < int(found[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError(f"{middle:x} is not mapped")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+def test_weights_are_in_huge_pages(tmp_path):
+    path = str(tmp_path / "a.executable")
+
+    def compiled():
+        kept = tp.Tensor(torch.randn(768, 3072))
+        program = tp.compile(lambda x: x @ kept, args=[info(1, 768)])
+        program.save(path)
+        return program
+
+    for make in compiled, lambda: tp.Executable.load(path):
+        program = make()
+        program(to_gpu(torch.ones(1, 768)))
+        (weight,) = program._executable.constants.values()
+        assert is_in_huge_pages(weight.product.weight)
+        del program, weight  # else the next program shares it
 
 
 def test_table_and_head_can_be_one_weight(tmp_path):

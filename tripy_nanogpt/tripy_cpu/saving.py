@@ -21,7 +21,7 @@ from nvtripy.utils.utils import load_file, save_file
 from . import weights
 from .kernels import DTYPES, Node
 from .program import ERRORS, Program
-from .weights import CHOICES, LARGE, Weight, digest, share
+from .weights import CHOICES, LARGE, Weight, digest, in_huge_pages, share
 
 FORMAT = "tripy_cpu 6"
 ATTRIBUTES = ("_arg_names", "_return_single_tensor_as_sequence", "input_infos", "_access_plan_by_name")
@@ -94,7 +94,11 @@ def constant(kind, keys, read):
         return share((kind, *keys), lambda: read(keys[0]))
     CHOICES[kind]  # a KeyError reports an unknown one
     shapes = [tuple(read(key).shape) for key in keys]
-    return share((kind, weights.FAST, *keys), lambda: Weight(kind, lambda: [*map(read, keys)], shapes))
+
+    def tensors():
+        return [in_huge_pages(read(key)) for key in keys]
+
+    return share((kind, weights.FAST, *keys), lambda: Weight(kind, tensors, shapes))
 
 
 def read_tensor(small, path, places, key):
