@@ -90,7 +90,7 @@ def test_real_installation_is_not_shadowed(tmp_path):
 
 def test_waiting_threads_soon_sleep(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    for given, count in (None, "2000"), ("7", "7"):
+    for given, count in (None, "3000"), ("7", "7"):
         monkeypatch.setenv("GOMP_SPINCOUNT", given) if given else monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         assert python("import os; print(os.environ['GOMP_SPINCOUNT'])").stdout.split() == [count]
 

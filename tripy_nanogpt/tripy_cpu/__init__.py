@@ -16,9 +16,10 @@ def _activate() -> str:
     found = version("nvtripy")
     if found != NVTRIPY:
         raise ImportError(f"nvtripy {found} does not run on the CPU: pip install --no-deps nvtripy=={NVTRIPY}")
-    # waiting threads soon sleep: next to other work, threads that spin hold up the ones they wait for
+    # waiting threads soon sleep: next to other work, threads that spin hold up the ones they wait for; 3000 turns take
+    # longer than Python between two products
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported
     import torch
 
     from . import runtime
