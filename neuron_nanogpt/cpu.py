@@ -22,7 +22,7 @@ class CPU:
         self.missing = missing  # why this is not a NeuronCore
         self.label = label  # in its file names; cpu where torch-neuronx is installed, whose graphs stay
         self.facts = {"device": "cpu", "versions": {"torch": torch.__version__}}
-        self.facts |= {"fbgemm": kernels.FBGEMM, "onednn": kernels.ONEDNN}
+        self.facts |= {"fbgemm": kernels.FBGEMM, "onednn_rows": kernels.ONEDNN_ROWS}
 
     def describe(self, dtype: str) -> str:
         parts = [f"cpu: TorchScript of torch {torch.__version__}"] + ([self.missing] if self.missing else [])

@@ -14,8 +14,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # PyTorch's, for x86-64 with AVX2
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 Packed = torch.classes.quantized.LinearPackedParamsBase
+
+
+def onednn_rows() -> int:
+    """Up to how many rows oneDNN multiplies float32 faster than MKL; 1 without it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not torch.backends.mkldnn.is_available() or not capability.startswith("AVX"):
+        return 1
+    return 1 << 30 if "AVX512" in capability else 128
+
+
+ONEDNN_ROWS = onednn_rows()
 
 
 @torch.jit.script
@@ -102,19 +112,19 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-few_rows = torch.jit.script(onednn_linear) if ONEDNN else F.linear  # without it, PyTorch may lack the operator
+few_rows = torch.jit.script(onednn_linear) if ONEDNN_ROWS > 1 else F.linear  # without it, PyTorch may lack the operator
 
 
 @torch.jit.script
-def row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int):
+def row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: int, few: int):
     """x times weight [in, out].
 
-    MKL multiplies one row on one thread: here the threads share the inputs, in parts. For few rows it takes up to twice
-    oneDNN's time.
+    MKL multiplies one row on one thread: here the threads share the inputs, in parts. For a few rows it takes up to
+    twice oneDNN's time.
     """
     rows = x.numel() // weight.size(0)
     if rows > 1:
-        return few_rows(x, weight.t(), bias) if rows <= 128 else F.linear(x, weight.t(), bias)
+        return few_rows(x, weight.t(), bias) if rows <= few else F.linear(x, weight.t(), bias)
     products = torch.bmm(x.reshape(parts, 1, -1), weight.view(parts, -1, weight.size(1)))
     y = products.sum(0, keepdim=x.dim() == 3)
     return y if bias is None else y.add_(bias)
@@ -130,7 +140,7 @@ class RowLinear(nn.Module):
         self.parts = math.gcd(plain.in_features, max(8, 1 << (torch.get_num_threads() - 1).bit_length()))
 
     def forward(self, x):
-        return row_linear(x, self.weight, self.bias, self.parts)
+        return row_linear(x, self.weight, self.bias, self.parts, ONEDNN_ROWS)
 
 
 def replace_linears(gpt, dtype):
