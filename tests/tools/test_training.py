@@ -33,7 +33,7 @@ def add_peer(checkout, add_file, monkeypatch):
     engines = {"nanoGPT, eager": "referee", "llm.c": "llm", "jax_nanogpt": "ours"}
     monkeypatch.setattr(training, "ENGINES", {key: ("alpha", f"fake_{name}", "") for key, name in engines.items()})
     monkeypatch.setattr(training, "clone", lambda name, folder: folder.mkdir())
-    model = training.Model(SMALL, {}, batch=2, tokens=4, iterations=3, dropout=0.1)
+    model = training.Model(SMALL, {}, batch=2, tokens=4, iterations=3, checked=3, dropout=0.1)
     monkeypatch.setattr(training, "MODELS", {"small": model})
     monkeypatch.setattr(training, "CHECKED", 3)
     return add_peer
@@ -70,6 +70,17 @@ def test_what_takes_half_a_minute_is_measured_once(checkout, measure, monkeypatc
     assert rows["llm.c", "float32"]["ratio"] > 0 and rows["jax_nanogpt", "float32"]["ratio"] > 0
     calls = (checkout / "calls").read_text(encoding="utf-8").splitlines()
     assert calls.count("llm 3 0.0") == 2 and calls.count("ours 3 0.1") == 2 * 4  # the check; and in both widths
+
+
+def test_without_dropout_the_first_round_is_checked_too(checkout, add_peer, measure, monkeypatch):
+    for name, value in {"dropout": 0.0, "iterations": 1, "checked": 1}.items():
+        monkeypatch.setattr(training.MODELS["small"], name, value)
+    monkeypatch.setattr(training, "CHECKED", 2)
+    seen = f"open({str(checkout / 'calls')!r}).read().count('ours')"
+    add_peer("ours", losses=f"[4.0 if {seen} == 1 else 4.1]")
+    rows = measure()
+    assert rows["jax_nanogpt", "float32"]["error"].startswith("void: the loss of iteration 2 is 4.1")
+    assert rows["llm.c", "float32"]["ratio"] > 0
 
 
 @pytest.mark.parametrize("losses", ["[4.0, 4.01, 4.0]", "[4.0, float('nan'), 4.0]", "[4.0]"])

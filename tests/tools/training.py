@@ -1,8 +1,8 @@
 """The training iteration: ours, nanoGPT's compiled and eager, and llm.c's, in rounds that interleave them.
 
-All train from the same weights on the same batches by the same AdamW. First each computes the losses of a few
-iterations without dropout: a row whose losses are not those of nanoGPT, eager, is void. nanoGPT and llm.c are cloned at
-a commit; NANOGPT and LLM_C name a repository to clone instead of GitHub's, such as a local copy.
+All train from the same weights on the same batches by the same AdamW. The losses of the first iterations are without
+dropout: a row whose losses are not those of nanoGPT, eager, is void. nanoGPT and llm.c are cloned at a commit; NANOGPT
+and LLM_C name a repository to clone instead of GitHub's, such as a local copy.
 """
 
 import math
@@ -43,6 +43,7 @@ class Model:
     batch: int
     tokens: int  # of each text
     iterations: int  # in a request
+    checked: int = CHECKED  # of them before the rounds; without dropout the first round's are as good
     rounds: int = 3  # at most
     dropout: float = 0.0
     once: tuple[str, ...] = ()  # engines that are measured in the first round alone
@@ -65,6 +66,7 @@ MODELS = {
         batch=4,
         tokens=256,
         iterations=1,
+        checked=1,
         rounds=2,
         once=("llm.c",),  # half a minute
     ),
@@ -118,7 +120,7 @@ def measure(root: Path, scratch: Path, rounds: int) -> list[dict]:
                 folder / name,
                 model.shape,
                 model.settings,
-                (max(CHECKED, model.iterations), model.batch, model.tokens + 1),
+                (max(model.checked, model.iterations), model.batch, model.tokens + 1),
             )
             for width in WIDTHS:
                 print(f"\ntraining {name}, {width}", flush=True)
@@ -138,14 +140,14 @@ def measure_width(root: Path, folder: Path, name: str, width: str, missing: dict
                 if source := next((source for source in missing if engine.startswith(source)), None):
                     raise Failed(missing[source])
                 workers[engine] = start(root, folder, row)
-                check(row, next(other for other in rows if other.losses))  # the referee, if it runs here
+                check(row, rows)
             except Failed as error:
                 row.error = str(error)
             print(f"  {row.name}: {row.error or f'{row.first_s:.1f} s for the first time'}", flush=True)
         for number in range(rounds):
             for row in rows:
                 if not row.error and (number == 0 or row.name not in model.once):
-                    measure_round(workers[row.name], row)
+                    measure_round(workers[row.name], row, rows)
     finally:
         for worker in workers.values():
             worker.__exit__()
@@ -159,10 +161,11 @@ def start(root: Path, folder: Path, row: Row) -> Worker:
     words = [module, folder / row.model, f"{row.width}{ending}"]
     worker = Worker(root, python, words, home)
     try:
-        answer = worker.ask(train=CHECKED, dropout=0.0)
-        row.losses, row.first_iterations = answer["losses"], CHECKED
+        model = MODELS[row.model]
+        answer = worker.ask(train=model.checked, dropout=0.0)
+        row.losses, row.first_iterations = answer["losses"], model.checked
         if row.dropout:
-            row.first_iterations = MODELS[row.model].iterations
+            row.first_iterations = model.iterations
             answer = worker.ask(train=row.first_iterations, dropout=row.dropout)
         row.first_s = answer["seconds"]
     except BaseException:
@@ -171,18 +174,22 @@ def start(root: Path, folder: Path, row: Row) -> Worker:
     return worker
 
 
-def check(row: Row, referee: Row) -> None:
-    most = WIDTHS[row.width]
+def check(row: Row, rows: list[Row]) -> None:
+    most, referee = WIDTHS[row.width], next(other for other in rows if other.losses and not other.error)
     for number, (ours, theirs) in enumerate(zip_longest(row.losses, referee.losses, fillvalue=math.nan), 1):
         if not abs(ours - theirs) <= most:
             raise Failed(f"void: the loss of iteration {number} is {ours:.4f}, that of {referee.name} {theirs:.4f}")
 
 
-def measure_round(worker: Worker, row: Row) -> None:
+def measure_round(worker: Worker, row: Row, rows: list[Row]) -> None:
+    model = MODELS[row.model]
     try:
-        answer = worker.ask(train=MODELS[row.model].iterations, dropout=row.dropout)
+        answer = worker.ask(train=model.iterations, dropout=row.dropout)
         row.seconds.append(answer["seconds"])
         row.peak_mb = answer["peak_mb"]
+        if len(row.losses) < CHECKED:
+            row.losses += answer["losses"]
+            check(row, rows)
     except Failed as error:
         row.error = str(error)
 
