@@ -41,7 +41,7 @@ WARM_UP_TOKENS = 2  # enough to compile
 EXACT = ("float32", "bfloat16", "float16")  # of these, a peer's perplexity is not measured
 BUSY = 0.15  # of the CPUs' time
 UNMEASURED = {"decode": None, "prefill": None}  # null in the results of an engine that fails, beside the error
-# not measured: each takes a minute to start, and says the same on the other model
+# not measured: each takes half a minute or more to start, and says the same on the other model
 SKIPPED = {("gpt2", "int4-awq-fast"), ("gpt2", "float8"), ("gpt2-nano", "compiled")}
 
 
