@@ -81,11 +81,8 @@ def test_float32_weights_are_read_where_the_file_is_mapped(gpt, tiny):
 
 
 def test_each_plain_weight_leaves_memory_when_it_is_packed(gpt, monkeypatch):
-    plain, alive, pack = (
-        [weakref.ref(part) for part in gpt.modules() if isinstance(part, nn.Linear)],
-        [],
-        kernels.HalfLinear,
-    )
+    plain = [weakref.ref(part) for part in gpt.modules() if isinstance(part, nn.Linear)]
+    alive, pack = [], kernels.HalfLinear
 
     def count(part):
         alive.append(sum(ref() is not None for ref in plain))

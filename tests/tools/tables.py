@@ -96,10 +96,11 @@ def project_table(rows: list[dict], name: str) -> str:
 
 def summary_table(rows: list[dict]) -> str:
     """GPT-2 124M's shape: the highest decode rate of each engine, by width."""
+    rows = [row for row in rows if row["model"] == "gpt2"]
     widths = [width for width in WIDTHS if any(row["width"] == width for row in rows)]
     found: dict[str, dict[str, dict]] = {}
     for row in rows:
-        if row["model"] == "gpt2" and row["decode"]:
+        if row["decode"]:
             best = found.setdefault(row["name"], {}).get(row["width"])
             if best is None or row["decode"]["tokens_per_s"] > best["tokens_per_s"]:
                 found[row["name"]][row["width"]] = row["decode"]
