@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import nvtripy as tp
@@ -53,7 +54,7 @@ class Engine:
         self.compiled = []  # names of the functions that were not on disk
         self.position = 0  # of the next token; cache slots from there on are not read
         self.load_model, self._executables, self._cache = load_model, {}, None
-        self._saver, self._saves = ThreadPoolExecutor(1), []  # a text does not wait for the disk
+        self._saves, self._saving = [], Lock()
 
     def describe(self):
         return self.device
@@ -87,16 +88,19 @@ class Engine:
         args = [token, position, init_cache(self.config)] if name == "decode" else [text]
         executable = tp.compile(getattr(self.load_model(), name), args=args)
         self.compiled.append(name)
-        self._saves.append(self._saver.submit(self._save, name, executable))
+        saver = ThreadPoolExecutor(1)  # a text does not wait for the disk
+        self._saves.append(saver.submit(self._save, name, executable))
+        saver.shutdown(wait=False)  # its thread ends, and torch's with it: with more of them than cores, all wait asleep
         return executable
 
     def _save(self, name, executable):
         path, digest = self.folder / f"{name}.executable", self.folder / f"{name}.sha256"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            digest.unlink(missing_ok=True)  # without it no executable is loaded, until both files are written
-            write_file(path, lambda temporary: executable.save(str(temporary)))
-            write_file(digest, lambda temporary: temporary.write_text(f"{sha256(path)}\n", encoding="utf-8"))
+            with self._saving:  # one at a time: executables share a file of constants
+                self.folder.mkdir(parents=True, exist_ok=True)
+                digest.unlink(missing_ok=True)  # without it no executable is loaded, until both files are written
+                write_file(path, lambda temporary: executable.save(str(temporary)))
+                write_file(digest, lambda temporary: temporary.write_text(f"{sha256(path)}\n", encoding="utf-8"))
         except OSError as error:
             if name == self.compiled[0]:  # the others would fail likewise
                 print(f"the next run compiles again: {error}", file=sys.stderr)

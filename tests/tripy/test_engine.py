@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from weakref import WeakValueDictionary
 
@@ -89,6 +90,16 @@ def test_executables_share_a_file_of_weights_without_which_they_are_not_loaded(
     loaded = load(wide, "float32", executables=tmp_path)
     np.testing.assert_allclose(run(loaded), logits, atol=1e-5)
     assert loaded.compiled == []
+
+
+def test_a_thread_that_saves_ends_then(tiny, tmp_path):
+    """It has made torch a second group of threads: while there are more than cores, all of them wait asleep."""
+    before = {*threading.enumerate()}
+    engine = load(tiny, "float32", executables=tmp_path)
+    run(engine)
+    for thread in {*threading.enumerate()} - before:
+        thread.join(10)
+        assert not thread.is_alive() and engine.compiled
 
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
