@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,7 @@ def run(checkout, add_engine, monkeypatch, capfd):
     monkeypatch.setattr(bench, "PEERS", ("referee",))
     monkeypatch.setattr(bench, "REFEREE", "referee")
     monkeypatch.setattr(bench, "held_out", lambda: [[1, 2, 3], [1, 2]])
+    monkeypatch.setattr(bench, "TURN_S", 0)
     for path in "alpha_gpt/bench.py", "beta_gpt/bench.py", "tests/tools/peers/referee.py":
         add_engine(Path(path))
 
@@ -86,7 +88,7 @@ def test_every_engine_is_measured_beside_the_peer(checkout, add_engine, run):
 def test_rounds_interleave_the_engines_after_a_cold_and_warm_starts(checkout, run):
     run()
     calls = [line.split() for line in (checkout / "calls").read_text(encoding="utf-8").splitlines()]
-    starts, warm_up = (1 + bench.WARM_STARTS) * [["16", "1"]], [["16", "2"], ["128", "1"]]
+    starts, warm_up = [["16", "1"], ["16", "2"], ["16", "1"]], [["16", "2"], ["128", "1"]]
     names = ["peer-referee", "alpha", "beta"]
     assert [call[2:] for call in calls if call[0] == "alpha"] == [*starts, *warm_up, *2 * [["16", "64"], ["128", "1"]]]
     first, each = len(names) * len(starts), 2 * len(names)
@@ -100,6 +102,14 @@ def test_each_round_has_an_order_of_its_own(checkout, run):
     calls = [line.split() for line in (checkout / "calls").read_text(encoding="utf-8").splitlines()]
     decodes = [call[0] for call in calls if call[2:] == ["16", "64"]][1:]  # the referee's is in the warm-up, too
     assert len({tuple(decodes[i : i + 3]) for i in range(0, len(decodes), 3)}) > 1
+
+
+def test_short_texts_are_repeated_and_their_median_counts():
+    seconds = iter([0.2, 0.01, 0.03, 0.02])  # a quarter of a second in all
+    worker = SimpleNamespace(ask=lambda **_: {"tokens": [7], "seconds": next(seconds)})
+    engine = bench.Engine("alpha_gpt", "alpha_gpt.bench", Path(), "int8", "int8", Path(), Path())
+    bench.measure_round(engine, worker, {"decode": {"prompt": [1], "new_tokens": 1}}, {}, timed=True)
+    assert engine.row == {} and engine.seconds == {"decode": [0.025], "prefill": []}
 
 
 def test_the_bandwidth_is_the_median_of_what_the_rounds_measured(checkout, run, monkeypatch):
