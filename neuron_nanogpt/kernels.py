@@ -7,6 +7,7 @@ Activations are float32 in any case.
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -147,8 +148,13 @@ def replace_linears(gpt, dtype):
     make = {"float32": RowLinear, "bfloat16": HalfLinear, "int8": Int8Linear}[dtype]
     if dtype != "float32" and not FBGEMM:
         make = partial(widened, dtype=dtype)
-    for name in [name for name, part in gpt.named_modules() if isinstance(part, nn.Linear)]:
+
+    def replace(name):
         gpt.set_submodule(name, make(gpt.get_submodule(name)))  # the plain one leaves memory
+
+    names = [name for name, part in gpt.named_modules() if isinstance(part, nn.Linear)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs a weight on one thread
+        [*pool.map(replace, names)]
 
 
 @torch.jit.script

@@ -90,7 +90,7 @@ class Engine:
         self.compiled.append(name)
         saver = ThreadPoolExecutor(1)  # a text does not wait for the disk
         self._saves.append(saver.submit(self._save, name, executable))
-        saver.shutdown(wait=False)  # its thread ends, and torch's with it: with more of them than cores, all wait asleep
+        saver.shutdown(wait=False)  # the thread ends, and torch's for it: if they outnumber the cores, all wait asleep
         return executable
 
     def _save(self, name, executable):
