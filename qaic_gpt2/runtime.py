@@ -97,10 +97,10 @@ class Session:
     def run(self, bound, ids, positions):
         """ids and positions (B, T) of a binding's rows -> logits (B, V), a view that its next call overwrites."""
         binding, small, logits = bound
-        lengths = {"seqlens_k": positions[:, -1], "total_sequence_length": positions.max() + 1}
-        for name, value in ({"input_ids": ids, "position_ids": positions} | lengths).items():
-            if name in small:
-                small[name][:] = value
+        small["input_ids"][:], small["position_ids"][:] = ids, positions
+        if "seqlens_k" in small:  # of the fused program
+            small["seqlens_k"][:] = positions[:, -1]
+            small["total_sequence_length"][:] = positions.max() + 1
         self.session.run_with_iobinding(binding)
         return logits[:, 0]
 
@@ -136,9 +136,9 @@ def start(program: bytes, weights: Path, casts_float16: bool = False) -> onnxrun
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = thread_count()
-    # a thread spins for 50 us, longer than between two operators, and then sleeps: without that limit a token took
+    # a thread spins for 100 us, longer than between two operators, and then sleeps: without that limit a token took
     # 45 ms on busy cores instead of 12 to 26
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_BASIC if casts_float16 else level.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
