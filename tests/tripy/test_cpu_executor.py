@@ -516,6 +516,8 @@ def test_fast_products_are_within_1e_2(kind, out, into, rows, monkeypatch):
 def test_int8_may_take_a_quarter_more_time_than_float16(least, fast, monkeypatch):
     times = iter([[9, least], [1, 9]])  # other work makes some of them slow
     monkeypatch.setattr(tripy_cpu.weights.timeit, "repeat", lambda *_, **__: next(times))
+    monkeypatch.setattr(tripy_cpu.weights, "computes", lambda kind: True)
+    monkeypatch.setattr(tripy_cpu.weights, "uniform", lambda *_: (None, 0))  # no product runs
     assert tripy_cpu.weights.is_fast.__wrapped__("Int8") is fast
 
 
