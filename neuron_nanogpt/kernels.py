@@ -153,7 +153,8 @@ def replace_linears(gpt, dtype):
         gpt.set_submodule(name, make(gpt.get_submodule(name)))  # the plain one leaves memory
 
     names = [name for name, part in gpt.named_modules() if isinstance(part, nn.Linear)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs a weight on one thread
+    # FBGEMM packs a weight on one thread; a few at once, since each thread that packs has OpenMP threads of its own
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         [*pool.map(replace, names)]
 
 

@@ -55,9 +55,10 @@ class Sampler:
     def __call__(self, logits) -> "int | np.ndarray":
         logits = np.asarray(logits)
         if logits.dtype not in _DTYPES:
-            if logits.dtype.name in ("float16", "bfloat16"):
+            name = logits.dtype.name  # whatever the byte order
+            if name in ("float16", "bfloat16"):
                 logits = logits.astype(np.float32)  # exact, and NumPy partitions it faster
-            elif logits.dtype.name not in ("float32", "float64"):  # of another byte order
+            elif name not in ("float32", "float64"):
                 raise ValueError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
         if logits.ndim not in (1, 2) or logits.shape[-1] == 0:
             raise ValueError(f"logits must have shape (vocab,) or (batch, vocab), got {logits.shape}")
